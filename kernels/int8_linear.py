@@ -1,0 +1,85 @@
+"""out[M, N] = (x[M, K] @ values[N, K]^T) * scale[N] + bias[N] in Triton: device code and launcher."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rowint8.kernels.launch import dot_dtype, grid_position
+from rowint8.kernels.products import dot_product, vector_product
+from rowint8.kernels.tiles import pick_tile, shared_memory_limit
+
+
+@triton.jit
+def _linear_one_token(
+    x,
+    values,
+    scale,
+    bias,
+    out,
+    N,
+    K,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """Grid (M, cdiv(N, BLOCK_N)): one token and BLOCK_N outputs per program."""
+    token = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.minimum(n, N - 1).to(tl.int64)
+    acc = vector_product(x, values, rows, token, K, BLOCK_N, BLOCK_K, EVEN_K)
+    acc *= tl.load(scale + rows).to(tl.float32)
+    if HAS_BIAS:
+        acc += tl.load(bias + rows).to(tl.float32)
+    tl.store(out + token * N + n, acc.to(out.dtype.element_ty), mask=n < N)
+
+
+@triton.jit(do_not_specialize=["M"])  # one compilation serves every number of tokens
+def _linear_many_tokens(
+    x,
+    values,
+    scale,
+    bias,
+    out,
+    M,
+    N,
+    K,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Grid (cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N),): one [BLOCK_N, BLOCK_M] tile of out^T per program."""
+    pid_m, pid_n = grid_position(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    tokens = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.minimum(n, N - 1).to(tl.int64)
+    acc = dot_product(x, values, rows, tokens, M, K, BLOCK_N, BLOCK_M, BLOCK_K, EVEN_K, DOT)  # [BN, BM]
+    acc *= tl.load(scale + rows).to(tl.float32)[:, None]
+    if HAS_BIAS:
+        acc += tl.load(bias + rows).to(tl.float32)[:, None]
+    ptrs = out + tokens[None, :] * N + n[:, None]
+    tl.store(ptrs, acc.to(out.dtype.element_ty), mask=(n < N)[:, None] & (tokens < M)[None, :])
+
+
+def int8_linear(tokens: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Launches the kernel for contiguous [M, K] activations; arguments as in `ops.linear`, already checked there."""
+    N, K = values.shape
+    M = tokens.shape[0]
+    out = torch.empty(M, N, dtype=tokens.dtype, device=tokens.device)
+    if out.numel():
+        tile = pick_tile("linear", M, N, K, tokens.element_size(), shared_memory_limit(tokens.device))
+        common = dict(HAS_BIAS=bias is not None, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k)
+        common |= dict(EVEN_K=K % tile.block_k == 0, num_warps=tile.num_warps, num_stages=tile.num_stages)
+        if tile.block_m == 1:
+            grid = (M, triton.cdiv(N, tile.block_n))
+            _linear_one_token[grid](tokens, values, scale, bias, out, N, K, **common)
+        else:
+            grid = (triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)
+            common |= dict(BLOCK_M=tile.block_m, GROUP=tile.group, DOT=dot_dtype(tokens.dtype))
+            _linear_many_tokens[grid](tokens, values, scale, bias, out, M, N, K, **common)
+    return out

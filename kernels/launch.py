@@ -1,0 +1,30 @@
+"""What every launcher and kernel needs once: the interpreter's dtype rule and the order of tiles."""
+
+import torch
+import triton
+import triton.language as tl
+
+_TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def dot_dtype(dtype: torch.dtype) -> tl.dtype:
+    """The dtype that `tl.dot` operands take for activations of `dtype`.
+
+    That is the activation dtype itself (INT8 values are exact in all three), except under TRITON_INTERPRET=1, whose
+    dot of bf16 operands is silently wrong: there both operands are widened to fp32.
+    """
+    return tl.float32 if triton.knobs.runtime.interpret else _TRITON_DTYPE[dtype]
+
+
+@triton.jit
+def grid_position(tiles_m, tiles_n, GROUP: tl.constexpr):
+    """(pid_m, pid_n) of this program: GROUP row blocks of the weight at a time, all token blocks over them.
+
+    Programs that run together then share their weight rows and their tokens in L2.
+    """
+    pid = tl.program_id(0)
+    group = pid // (GROUP * tiles_m)
+    first_n = group * GROUP
+    width = tl.minimum(tiles_n - first_n, GROUP)
+    within = pid - group * GROUP * tiles_m
+    return within // width, first_n + within % width

@@ -1,0 +1,134 @@
+"""The operators `rowint8::linear` and `rowint8::swiglu`: all that the engines import to multiply.
+
+Both are `torch.library` operators, so `torch.compile` puts them into a graph as they are. CUDA tensors run the Triton
+kernels; CPU tensors run ATen (`kernels/cpu.py`).
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rowint8.kernels import cpu
+
+ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+torch.library.define("rowint8::linear", "(Tensor x, Tensor values, Tensor scale, Tensor? bias=None) -> Tensor")
+torch.library.define("rowint8::swiglu", "(Tensor x, Tensor values, Tensor scale) -> Tensor")
+
+
+def linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """out = (x @ values^T) * scale + bias, accumulated in fp32.
+
+    Args:
+        x: fp32, bf16 or fp16 [..., K].
+        values: int8 [N, K], contiguous.
+        scale: fp16 [N].
+        bias: [N] in any floating dtype, or None.
+
+    Returns:
+        [..., N] in x's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together.
+    """
+    return torch.ops.rowint8.linear(x, values, scale, bias)
+
+
+def swiglu(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    """out = silu(x @ gate^T) * (x @ up^T), where gate is the first half of the rows of the weight and up the second.
+
+    Args:
+        x: fp32, bf16 or fp16 [..., K].
+        values: int8 [2I, K], contiguous.
+        scale: fp16 [2I].
+
+    Returns:
+        [..., I] in x's dtype. The gate and up products stay in fp32; nothing of shape [..., 2I] is written on CUDA.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together.
+    """
+    return torch.ops.rowint8.swiglu(x, values, scale)
+
+
+def _check(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+    """Raises ValueError unless the arguments fit together."""
+    if x.dtype not in ACTIVATION_DTYPES:
+        raise ValueError(f"rowint8: activations are {x.dtype}; accepted are float32, bfloat16 and float16")
+    if values.dtype != torch.int8 or values.dim() != 2 or not values.is_contiguous():
+        raise ValueError(
+            f"rowint8: values must be a contiguous int8 matrix [N, K], got {values.dtype} {list(values.shape)}"
+        )
+    if scale.dtype != torch.float16 or scale.shape != values.shape[:1]:
+        raise ValueError(f"rowint8: scale must be float16 [{values.shape[0]}], got {scale.dtype} {list(scale.shape)}")
+    if x.dim() == 0 or x.shape[-1] != values.shape[1]:
+        raise ValueError(f"rowint8: activations {list(x.shape)} do not match a weight of K = {values.shape[1]} inputs")
+    if bias is not None and bias.shape != scale.shape:
+        raise ValueError(f"rowint8: bias must be [{values.shape[0]}], got {list(bias.shape)}")
+    if any(t is not None and t.device != x.device for t in (values, scale, bias)):
+        raise ValueError(f"rowint8: activations are on {x.device}; weight and bias must be there too")
+
+
+def _check_halves(values: Tensor) -> None:
+    if values.shape[0] % 2:
+        raise ValueError(f"rowint8: a SwiGLU weight has as many gate rows as up rows; {values.shape[0]} is odd")
+
+
+@torch.library.register_fake("rowint8::linear")
+def _linear_fake(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    _check(x, values, scale, bias)
+    return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+@torch.library.register_fake("rowint8::swiglu")
+def _swiglu_fake(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    _check(x, values, scale)
+    _check_halves(values)
+    return x.new_empty(*x.shape[:-1], values.shape[0] // 2)
+
+
+def _run_linear(kernel: Callable, x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    _check(x, values, scale, bias)
+    return _unflatten(kernel(_flatten(x), values, scale, bias), x)
+
+
+def _run_swiglu(kernel: Callable, x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    _check(x, values, scale)
+    _check_halves(values)
+    return _unflatten(kernel(_flatten(x), values, scale), x)
+
+
+def _flatten(x: Tensor) -> Tensor:
+    """[..., K] to contiguous [M, K]."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+
+
+def _unflatten(out: Tensor, x: Tensor) -> Tensor:
+    """[M, N] to [..., N] with the leading dimensions of x."""
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+@torch.library.impl("rowint8::linear", "CPU")
+def _linear_cpu(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _run_linear(cpu.linear, x, values, scale, bias)
+
+
+@torch.library.impl("rowint8::swiglu", "CPU")
+def _swiglu_cpu(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    return _run_swiglu(cpu.swiglu, x, values, scale)
+
+
+@torch.library.impl("rowint8::linear", "CUDA")
+def _linear_cuda(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    from rowint8.kernels.int8_linear import int8_linear
+
+    return _run_linear(int8_linear, x, values, scale, bias)
+
+
+@torch.library.impl("rowint8::swiglu", "CUDA")
+def _swiglu_cuda(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    from rowint8.kernels.int8_swiglu import int8_swiglu
+
+    return _run_swiglu(int8_swiglu, x, values, scale)

@@ -1,0 +1,48 @@
+"""Shared fixtures. Without a GPU the Triton kernels run under Triton's interpreter, which must be chosen before import."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA GPU")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of the real SmolLM2-135M-Instruct that `make setup` converts."""
+    folder = REPO / "models" / "smollm2-135m-instruct"
+    if not (folder / "model.safetensors").exists():
+        pytest.skip("models/smollm2-135m-instruct is missing; `make setup` makes it")
+    return folder
+
+
+@pytest.fixture
+def device() -> str:
+    """Where kernels run in this session: compiled on the GPU, or interpreted on the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def poison_empty(monkeypatch):
+    """Makes `torch.empty` return NaN (floating) so that an element a kernel does not write fails the test."""
+    plain = torch.empty
+
+    def poisoned(*args, **kwargs):
+        out = plain(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", poisoned)

@@ -1,0 +1,111 @@
+"""The operators: the CPU path against the fp64 oracle, schema checks, tracing, and what they refuse."""
+
+import pytest
+import torch
+
+from rowint8.kernels import ops, reference
+from rowint8.kernels.quantize import quantize_rowwise
+
+# Relative Frobenius error from rounding alone: inputs are exact, sums are fp32, the output (and for bf16 on the CPU one
+# intermediate) is rounded to the activation dtype.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+SHAPES = [(1, 1), (1, 64), (64, 1), (7, 13), (48, 64), (130, 96), (1311 // 3, 435)]
+LEADING = [(1,), (3,), (17,), (2, 5), (0,)]
+
+
+def relative_error(out, exact):
+    return ((out.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+
+
+def case(n, k, leading, dtype, bias=False):
+    weight = quantize_rowwise(torch.randn(n, k) / max(1, k) ** 0.5)
+    return torch.randn(*leading, k).to(dtype), weight, torch.randn(n).to(dtype) if bias else None
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("leading", LEADING)
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_on_the_cpu(dtype, shape, leading, bias):
+    x, weight, b = case(*shape, leading, dtype, bias)
+    out = ops.linear(x, *weight, b)
+    assert out.shape == (*leading, shape[0])
+    assert out.dtype == dtype
+    assert relative_error(out, reference.linear(x, weight, b)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(2, 1), (14, 13), (96, 64), (130, 96)])
+@pytest.mark.parametrize("leading", LEADING)
+def test_swiglu_on_the_cpu(dtype, shape, leading):
+    x, weight, _ = case(*shape, leading, dtype)
+    out = ops.swiglu(x, *weight)
+    assert out.shape == (*leading, shape[0] // 2)
+    # The CPU path rounds gate and up to the activation dtype before silu: two more roundings than the oracle.
+    assert relative_error(out, reference.swiglu(x, weight)) < 3 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("leading", [(3,), (2, 20)])
+def test_bf16_scale_is_not_rounded_to_bf16(leading):
+    """A scale of 1 + 2^-10 vanishes in bf16; it must show in an output that can hold it."""
+    values = torch.full((4, 32), 64, dtype=torch.int8)
+    scale = torch.full((4,), 1 + 2**-10, dtype=torch.float16)
+    x = torch.ones(*leading, 32, dtype=torch.bfloat16)
+    exact = 64 * 32 * (1 + 2**-10)
+    bias = torch.full((4,), -64.0 * 32)
+    out = ops.linear(x, values, scale, bias)
+    assert torch.allclose(out.double(), torch.full_like(out, exact - 64 * 32).double())
+
+
+def test_empty_weights():
+    x = torch.randn(3, 5)
+    assert ops.linear(x, *quantize_rowwise(torch.empty(0, 5))).shape == (3, 0)
+    bias = torch.arange(4.0)
+    out = ops.linear(x[:, :0], *quantize_rowwise(torch.empty(4, 0)), bias)
+    assert torch.equal(out, bias.expand(3, 4))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("leading", [(1,), (2, 20)])
+def test_opcheck(dtype, leading):
+    x, weight, bias = case(24, 32, leading, dtype, bias=True)
+    torch.library.opcheck(torch.ops.rowint8.linear.default, (x, *weight))
+    torch.library.opcheck(torch.ops.rowint8.linear.default, (x, *weight, bias))
+    torch.library.opcheck(torch.ops.rowint8.swiglu.default, (x, *weight))
+
+
+def test_compiles_without_graph_breaks():
+    x, weight, bias = case(24, 32, (5,), torch.float32, bias=True)
+
+    def layer(x):
+        return ops.swiglu(ops.linear(x, *weight, bias)[:, :8].repeat(1, 4).relu(), *weight) + 1
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), layer(x))
+
+
+BAD_ARGUMENTS = [
+    ("float64 activations", lambda x, w: (x.double(), *w), "accepted are float32, bfloat16 and float16"),
+    ("K differs", lambda x, w: (x[:, :-1], *w), "do not match a weight of K = 32"),
+    ("fp32 scale", lambda x, w: (x, w.values, w.scale.float()), "scale must be float16"),
+    ("scale [N, 1]", lambda x, w: (x, w.values, w.scale[:, None]), "scale must be float16"),
+    ("float values", lambda x, w: (x, w.values.float(), w.scale), "contiguous int8 matrix"),
+    ("transposed values", lambda x, w: (x, w.values.T, w.scale), "contiguous int8 matrix"),
+    ("other device", lambda x, w: (x.to("meta"), *w), "activations are on meta"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [c[1:] for c in BAD_ARGUMENTS], ids=[c[0] for c in BAD_ARGUMENTS])
+@pytest.mark.parametrize("operator", [ops.linear, ops.swiglu])
+def test_refuses(operator, arguments, message):
+    x, weight, _ = case(24, 32, (5,), torch.float32)
+    with pytest.raises(ValueError, match=message):
+        operator(*arguments(x, weight))
+
+
+def test_refuses_odd_swiglu_and_wrong_bias():
+    x, weight, _ = case(7, 32, (5,), torch.float32)
+    with pytest.raises(ValueError, match="7 is odd"):
+        ops.swiglu(x, *weight)
+    with pytest.raises(ValueError, match=r"bias must be \[7\]"):
+        ops.linear(x, *weight, torch.zeros(8))
