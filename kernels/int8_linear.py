@@ -1,5 +1,7 @@
 """out[M, N] = (x[M, K] @ values[N, K]^T) * scale[N] + bias[N] in Triton: device code and launcher."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -73,7 +75,7 @@ def int8_linear(tokens: Tensor, values: Tensor, scale: Tensor, bias: Tensor | No
     out = torch.empty(M, N, dtype=tokens.dtype, device=tokens.device)
     if out.numel():
         tile = pick_tile("linear", M, N, K, tokens.element_size(), shared_memory_limit(tokens.device))
-        common = dict(HAS_BIAS=bias is not None, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k)
+        common: dict[str, Any] = dict(HAS_BIAS=bias is not None, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k)
         common |= dict(EVEN_K=K % tile.block_k == 0, num_warps=tile.num_warps, num_stages=tile.num_stages)
         if tile.block_m == 1:
             grid = (M, triton.cdiv(N, tile.block_n))

@@ -4,6 +4,8 @@ A program's weight block holds BLOCK_N / 2 gate rows and the same up rows, alter
 linear one and the pair meets in the epilogue: the [M, 2I] intermediate is never written.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -87,7 +89,7 @@ def int8_swiglu(tokens: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     out = torch.empty(M, I, dtype=tokens.dtype, device=tokens.device)
     if out.numel():
         tile = pick_tile("swiglu", M, N, K, tokens.element_size(), shared_memory_limit(tokens.device))
-        common = dict(BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, EVEN_K=K % tile.block_k == 0)
+        common: dict[str, Any] = dict(BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, EVEN_K=K % tile.block_k == 0)
         common |= dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
         outputs = tile.block_n // 2
         if tile.block_m == 1:

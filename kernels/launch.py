@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
 
 _TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -13,7 +14,7 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     That is the activation dtype itself (INT8 values are exact in all three), except under TRITON_INTERPRET=1, whose
     dot of bf16 operands is silently wrong: there both operands are widened to fp32.
     """
-    return tl.float32 if triton.knobs.runtime.interpret else _TRITON_DTYPE[dtype]
+    return tl.float32 if knobs.runtime.interpret else _TRITON_DTYPE[dtype]
 
 
 @triton.jit

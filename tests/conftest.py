@@ -1,4 +1,4 @@
-"""Shared fixtures. Without a GPU the Triton kernels run under Triton's interpreter, which must be chosen before import."""
+"""Shared fixtures. Without a GPU, Triton kernels run under its interpreter, which must be chosen before import."""
 
 import os
 from pathlib import Path
