@@ -14,8 +14,9 @@ from rowint8.kernels import cpu
 
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-torch.library.define("rowint8::linear", "(Tensor x, Tensor values, Tensor scale, Tensor? bias=None) -> Tensor")
-torch.library.define("rowint8::swiglu", "(Tensor x, Tensor values, Tensor scale) -> Tensor")
+_library = torch.library.Library("rowint8", "DEF")
+_library.define("linear(Tensor x, Tensor values, Tensor scale, Tensor? bias=None) -> Tensor")
+_library.define("swiglu(Tensor x, Tensor values, Tensor scale) -> Tensor")
 
 
 def linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -33,7 +34,7 @@ def linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None)
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
     """
-    return torch.ops.rowint8.linear(x, values, scale, bias)
+    return torch.ops.rowint8.linear.default(x, values, scale, bias)
 
 
 def swiglu(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def swiglu(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
     """
-    return torch.ops.rowint8.swiglu(x, values, scale)
+    return torch.ops.rowint8.swiglu.default(x, values, scale)
 
 
 def _check(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
@@ -76,13 +77,11 @@ def _check_halves(values: Tensor) -> None:
         raise ValueError(f"rowint8: a SwiGLU weight has as many gate rows as up rows; {values.shape[0]} is odd")
 
 
-@torch.library.register_fake("rowint8::linear")
 def _linear_fake(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     _check(x, values, scale, bias)
     return x.new_empty(*x.shape[:-1], values.shape[0])
 
 
-@torch.library.register_fake("rowint8::swiglu")
 def _swiglu_fake(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     _check(x, values, scale)
     _check_halves(values)
@@ -110,25 +109,29 @@ def _unflatten(out: Tensor, x: Tensor) -> Tensor:
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
-@torch.library.impl("rowint8::linear", "CPU")
 def _linear_cpu(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     return _run_linear(cpu.linear, x, values, scale, bias)
 
 
-@torch.library.impl("rowint8::swiglu", "CPU")
 def _swiglu_cpu(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     return _run_swiglu(cpu.swiglu, x, values, scale)
 
 
-@torch.library.impl("rowint8::linear", "CUDA")
 def _linear_cuda(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     from rowint8.kernels.int8_linear import int8_linear
 
     return _run_linear(int8_linear, x, values, scale, bias)
 
 
-@torch.library.impl("rowint8::swiglu", "CUDA")
 def _swiglu_cuda(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     from rowint8.kernels.int8_swiglu import int8_swiglu
 
     return _run_swiglu(int8_swiglu, x, values, scale)
+
+
+torch.library.register_fake("rowint8::linear", _linear_fake, lib=_library)
+torch.library.register_fake("rowint8::swiglu", _swiglu_fake, lib=_library)
+_library.impl("linear", _linear_cpu, "CPU")
+_library.impl("swiglu", _swiglu_cpu, "CPU")
+_library.impl("linear", _linear_cuda, "CUDA")
+_library.impl("swiglu", _swiglu_cuda, "CUDA")
