@@ -1,0 +1,210 @@
+"""What the user asks for, and what a model folder's config.json says; both checked."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from transformers import LlamaConfig
+
+from rowint8.baseline_engine.errors import EngineError, SettingError
+
+ARCHITECTURE = "LlamaForCausalLM"
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What to load and how to run it."""
+
+    model: str
+    """A local folder, or a hub name."""
+    quantization: Literal["none", "rowint8"] = "none"
+    fused: bool | None = None
+    """One operator for gate, up, SiLU and product. None: with rowint8 wherever the MLP has no bias."""
+    mode: Literal["eager", "compile"] = "eager"
+    """compile: the decode step of a decoder layer runs as one `torch.compile` graph, shared by all layers. Prompts are
+    prefilled eagerly, because their lengths differ."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of activations and unquantized weights; auto is the checkpoint's."""
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        _check_choice("quantization", self.quantization, ("none", "rowint8"))
+        _check_choice("mode", self.mode, ("eager", "compile"))
+        _check_choice("dtype", self.dtype, ("auto", *_DTYPES))
+        if self.fused and self.quantization == "none":
+            raise SettingError("fused SwiGLU is an INT8 operator; give quantization rowint8 with it")
+
+    def torch_dtype(self, model: "ModelConfig") -> torch.dtype:
+        return model.dtype if self.dtype == "auto" else _DTYPES[self.dtype]
+
+    def torch_device(self) -> torch.device:
+        """Raises SettingError where this machine has no such device."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+        except RuntimeError:
+            device = None
+        if device is None or device.type not in ("cpu", "cuda"):
+            raise SettingError(f"device is {self.device!r}; accepted are auto, cpu, cuda and cuda:N")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise SettingError(f"device is {self.device!r}; torch finds {torch.cuda.device_count()} CUDA GPUs here")
+        return device
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of rotary positions to a longer context; see `layers.rope_frequencies`."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Llama decoder's shape and constants, in the names of Hugging Face's config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    attention_bias: bool
+    mlp_bias: bool
+    tie_word_embeddings: bool
+    eos_token_ids: tuple[int, ...]
+    dtype: torch.dtype
+    """The dtype that the checkpoint names (fp32 when it names none)."""
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "ModelConfig":
+        """Reads config.json, and further end-of-sequence ids from generation_config.json where there is one.
+
+        Raises:
+            EngineError: a file is missing or broken, or the model is none that the engine can run.
+        """
+        raw = _read_json(folder / "config.json")
+        _check_supported(raw, folder)
+        try:
+            hf = LlamaConfig.from_dict(raw)
+        except Exception as error:  # transformers raises many kinds, all about the values in this file
+            raise EngineError(f"{folder / 'config.json'}: {_one_line(error)}") from error
+        generation = folder / "generation_config.json"
+        extra_eos = _read_json(generation).get("eos_token_id") if generation.exists() else None
+        rope: dict[str, Any] = dict(hf.rope_parameters or {})
+        config = cls(
+            vocab_size=hf.vocab_size,
+            hidden_size=hf.hidden_size,
+            intermediate_size=hf.intermediate_size,
+            num_layers=hf.num_hidden_layers,
+            num_heads=hf.num_attention_heads,
+            num_kv_heads=hf.num_key_value_heads or hf.num_attention_heads,
+            head_dim=hf.head_dim or hf.hidden_size // hf.num_attention_heads,
+            max_position_embeddings=hf.max_position_embeddings,
+            rms_norm_eps=hf.rms_norm_eps,
+            rope_theta=float(rope["rope_theta"]),
+            rope_scaling=_rope_scaling(rope, folder),
+            attention_bias=hf.attention_bias,
+            mlp_bias=hf.mlp_bias,
+            tie_word_embeddings=hf.tie_word_embeddings,
+            eos_token_ids=tuple(sorted({*_as_ids(hf.eos_token_id), *_as_ids(extra_eos)})),
+            dtype=_stored_dtype(hf.dtype, folder),
+        )
+        config._check_heads(folder)
+        return config
+
+    def _check_heads(self, folder: Path) -> None:
+        if self.num_heads % self.num_kv_heads or self.head_dim % 2:
+            raise EngineError(
+                f"{folder / 'config.json'}: {self.num_heads} query heads over {self.num_kv_heads} key heads of size "
+                f"{self.head_dim}; query heads must be a multiple of key heads and the head size even"
+            )
+
+
+def _check_supported(raw: dict[str, Any], folder: Path) -> None:
+    path = folder / "config.json"
+    architectures = raw.get("architectures") or ["none named"]
+    if architectures != [ARCHITECTURE]:
+        raise EngineError(
+            f"{path}: architecture {', '.join(map(str, architectures))}; the engine runs {ARCHITECTURE} only"
+        )
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "an unnamed method")
+        raise EngineError(
+            f"{path}: the checkpoint is already quantized ({method}); give the fp32, bf16 or fp16 original"
+        )
+    missing = [key for key in _REQUIRED if key not in raw]
+    if missing:
+        raise EngineError(f"{path}: missing {', '.join(missing)}")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise EngineError(f"{path}: hidden_act {raw['hidden_act']!r}; the engine runs 'silu' only")
+
+
+def _rope_scaling(rope: dict[str, Any], folder: Path) -> RopeScaling | None:
+    kind = rope.get("rope_type", "default")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise EngineError(f"{folder / 'config.json'}: partial rotary positions are not supported")
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise EngineError(f"{folder / 'config.json'}: rope scaling {kind!r}; accepted are 'default' and 'llama3'")
+    missing = [key for key in _LLAMA3_KEYS if key not in rope]
+    if missing:
+        raise EngineError(f"{folder / 'config.json'}: llama3 rope scaling without {', '.join(missing)}")
+    return RopeScaling(**{key: rope[key] for key in _LLAMA3_KEYS})
+
+
+def _stored_dtype(dtype: torch.dtype | str | None, folder: Path) -> torch.dtype:
+    if dtype is None:
+        return torch.float32
+    if dtype not in _DTYPES.values():
+        raise EngineError(f"{folder / 'config.json'}: dtype {dtype}; accepted are {', '.join(_DTYPES)}")
+    return cast(torch.dtype, dtype)
+
+
+def _as_ids(eos: int | list[int] | None) -> list[int]:
+    if eos is None:
+        return []
+    return [eos] if isinstance(eos, int) else eos
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise EngineError(f"{path} is missing; --model needs a folder with config.json and safetensors") from error
+    except (OSError, ValueError) as error:
+        raise EngineError(f"{path} cannot be read as JSON: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise EngineError(f"{path} holds a JSON {type(content).__name__}; an object is needed")
+    return content
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _check_choice(name: str, given: str, accepted: Sequence[str]) -> None:
+    if given not in accepted:
+        raise SettingError(f"{name} is {given!r}; accepted are {', '.join(accepted)}")

@@ -1,0 +1,158 @@
+"""What the numbers mean: every definition of a metric in this project is here. Seconds and bytes throughout.
+
+    TTFT      request to its first token on the host: tokenizing, waiting for earlier prompts, prefill, sampling
+    ITL       each gap between two tokens of a request, in order
+    TPOT      (end - first token) / (n - 1) of a request with n > 1 tokens: the mean of its gaps
+    tok/s     output tokens of all requests / wall time, prefill included
+    peak_mem  the device's peak during the run, the weights included: on CUDA the bytes that torch's allocator held; on
+              the CPU the process's resident set, with Python and libraries (about 0.5 GiB before any weight)
+    speedup   baseline time / optimized time
+
+Output tokens include the end-of-sequence token. Loading and compiling come before the clock starts and are given apart.
+"""
+
+import statistics
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class RequestMetrics:
+    """The times of one request, on one clock, in seconds."""
+
+    prompt_tokens: int
+    start: float
+    """When the request was handed in."""
+    token_times: tuple[float, ...]
+    """When each output token reached the host; at least one."""
+
+    @property
+    def output_tokens(self) -> int:
+        return len(self.token_times)
+
+    @property
+    def ttft(self) -> float:
+        return self.token_times[0] - self.start
+
+    @cached_property
+    def itl(self) -> list[float]:
+        """output_tokens - 1 gaps."""
+        return [after - before for before, after in zip(self.token_times, self.token_times[1:], strict=False)]
+
+    @property
+    def tpot(self) -> float | None:
+        """None for a single token."""
+        if self.output_tokens < 2:
+            return None
+        return (self.token_times[-1] - self.token_times[0]) / (self.output_tokens - 1)
+
+
+@dataclass(frozen=True)
+class RunMetrics:
+    """One call of `Engine.generate`: its requests, handed in together."""
+
+    requests: tuple[RequestMetrics, ...]
+    wall: float
+    """Seconds from the requests to the last token."""
+    peak_mem: int
+    weight_bytes: int
+    load_seconds: float
+    """Of the engine: reading, and with INT8 quantizing, the weights."""
+    compile_seconds: float
+    """Of this run, before its clock started; 0 where nothing had to be compiled."""
+
+    @property
+    def output_tokens(self) -> int:
+        return sum(request.output_tokens for request in self.requests)
+
+    @property
+    def ttft(self) -> float:
+        """Mean over the requests."""
+        return statistics.fmean(request.ttft for request in self.requests)
+
+    @property
+    def itl(self) -> float | None:
+        """Median over all gaps of all requests; None without one."""
+        gaps = [gap for request in self.requests for gap in request.itl]
+        return statistics.median(gaps) if gaps else None
+
+    @property
+    def tpot(self) -> float | None:
+        """Mean over the requests that have one; None without one."""
+        values = [request.tpot for request in self.requests if request.tpot is not None]
+        return statistics.fmean(values) if values else None
+
+    @property
+    def tok_s(self) -> float:
+        return self.output_tokens / self.wall
+
+    def to_dict(self) -> dict:
+        """For JSON: times of tokens in ms, the rest in seconds and bytes; null where there is no value."""
+        return {
+            "ttft_ms": _ms(self.ttft),
+            "itl_ms": _ms(self.itl),
+            "tpot_ms": _ms(self.tpot),
+            "tok_s": self.tok_s,
+            "wall_s": self.wall,
+            "peak_mem_bytes": self.peak_mem,
+            "weight_bytes": self.weight_bytes,
+            "load_s": self.load_seconds,
+            "compile_s": self.compile_seconds,
+            "output_tokens": self.output_tokens,
+            "requests": [_request_dict(request) for request in self.requests],
+        }
+
+
+def speedup(baseline_seconds: float, optimized_seconds: float) -> float:
+    """baseline time / optimized time: above 1 where the optimized one is faster."""
+    return baseline_seconds / optimized_seconds
+
+
+class PeakMemory:
+    """The peak memory of a device since the last `reset`, in bytes (see peak_mem above).
+
+    On the CPU the kernel's own high-water mark is read, so no peak falls between two samples. Linux can reset it
+    (proc(5), clear_refs); where that is refused, and on other systems, the peak is that of the whole process so far.
+    """
+
+    def __init__(self, device: torch.device):
+        self._cuda = device if device.type == "cuda" else None
+
+    def reset(self) -> None:
+        if self._cuda is not None:
+            torch.cuda.reset_peak_memory_stats(self._cuda)
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        except OSError:
+            return
+
+    def read(self) -> int:
+        if self._cuda is not None:
+            return torch.cuda.max_memory_allocated(self._cuda)
+        status = Path("/proc/self/status")
+        if status.exists():
+            line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
+            return int(line.split()[1]) * 1024
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _request_dict(request: RequestMetrics) -> dict:
+    return {
+        "prompt_tokens": request.prompt_tokens,
+        "output_tokens": request.output_tokens,
+        "ttft_ms": _ms(request.ttft),
+        "tpot_ms": _ms(request.tpot),
+        "itl_ms": [_ms(gap) for gap in request.itl],
+    }
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1000

@@ -1,0 +1,110 @@
+"""config.json: what is read, what is refused."""
+
+import json
+
+import pytest
+import torch
+
+from rowint8.baseline_engine.config import ModelConfig, RopeScaling
+from rowint8.baseline_engine.errors import EngineError
+
+BASE = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def read(folder, generation=None, **changes):
+    values = {key: value for key, value in (BASE | changes).items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(values))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return ModelConfig.from_folder(folder)
+
+
+def test_what_may_be_left_out(tmp_path):
+    config = read(tmp_path)
+    assert (config.num_kv_heads, config.head_dim, config.rope_theta) == (8, 8, 10000.0)
+    assert (config.attention_bias, config.mlp_bias, config.rope_scaling) == (False, False, None)
+    assert config.dtype == torch.float32
+
+
+def test_what_is_given_is_taken(tmp_path):
+    config = read(tmp_path, num_key_value_heads=2, head_dim=16, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-3)
+    assert (config.num_kv_heads, config.head_dim, config.attention_bias, config.mlp_bias) == (2, 16, True, True)
+    assert config.rms_norm_eps == 1e-3
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_dtype_under_its_new_and_old_name(tmp_path, key):
+    assert read(tmp_path, **{key: "bfloat16"}).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **LLAMA3}},
+    ],
+    ids=["old names", "transformers 5"],
+)
+def test_rope_settings_under_their_old_and_new_names(tmp_path, settings):
+    config = read(tmp_path, **settings)
+    assert config.rope_theta == 5e5
+    assert config.rope_scaling == RopeScaling(**LLAMA3)
+
+
+@pytest.mark.parametrize(
+    ("eos", "generation", "expected"),
+    [
+        (2, None, (2,)),
+        ([2, 5], None, (2, 5)),
+        (2, {"eos_token_id": [7, 2]}, (2, 7)),
+        (2, {"eos_token_id": 9}, (2, 9)),
+        (2, {}, (2,)),
+    ],
+)
+def test_generation_config_adds_end_of_sequence_ids(tmp_path, eos, generation, expected):
+    assert read(tmp_path, generation, eos_token_id=eos).eos_token_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"architectures": ["MambaForCausalLM"]},
+            "architecture MambaForCausalLM; the engine runs LlamaForCausalLM only",
+        ),
+        ({"architectures": None}, "architecture none named"),
+        ({"hidden_size": None, "vocab_size": None}, "missing vocab_size, hidden_size"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"already quantized \(gptq\)"),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 2.0}}, "rope scaling 'yarn'"),
+        ({"num_key_value_heads": 3}, "query heads must be a multiple of key heads"),
+        ({"head_dim": 7}, "even"),
+        ({"dtype": "float64"}, "dtype torch.float64; accepted are float32, bfloat16, float16"),
+        ({"hidden_size": "many"}, "hidden_size"),
+    ],
+)
+def test_what_the_engine_cannot_run_is_refused(tmp_path, changes, message):
+    with pytest.raises(EngineError, match=message) as caught:
+        read(tmp_path, **changes)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "cannot be read as JSON"), ("[]", "holds a JSON list")])
+def test_a_broken_file_is_named(tmp_path, content, message):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(EngineError, match=f"config.json {message}"):
+        ModelConfig.from_folder(tmp_path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(EngineError, match=r"config\.json is missing"):
+        ModelConfig.from_folder(tmp_path)
