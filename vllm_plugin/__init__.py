@@ -1,0 +1,14 @@
+"""vLLM plugin: `vllm serve MODEL --quantization rowint8`.
+
+vLLM finds `register` through the entry point group `vllm.general_plugins` and calls it in the API server, the engine
+core and every worker process.
+"""
+
+
+def register() -> None:
+    """Adds `rowint8` to the quantization methods that vLLM knows. Calling it again changes nothing."""
+    from vllm.model_executor.layers.quantization import register_quantization_config
+
+    from rowint8.vllm_plugin.config import RowInt8Config
+
+    register_quantization_config("rowint8")(RowInt8Config)

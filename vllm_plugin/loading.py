@@ -1,0 +1,78 @@
+"""Guards around vLLM's weight loading.
+
+vLLM casts, truncates or skips a tensor that does not fit a parameter, and a parameter of a quantized layer that no
+tensor filled keeps whatever was in its memory. Each would make a model that runs and says nonsense, so they are errors
+here.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.model_loader.reload.meta import CopyCounter
+
+
+def guarded_loader(load: Callable, layer: nn.Module, name: str, dtypes: tuple[torch.dtype, ...], hint: str) -> Callable:
+    """vLLM's weight loader `load`, refusing checkpoint tensors of another dtype or shape than parameter `name` needs.
+
+    What it copied is remembered on the parameter, for `refuse_incomplete`.
+
+    Args:
+        load: (param, loaded_weight, shard id or nothing).
+        layer: the linear layer that the parameter belongs to.
+        name: of the parameter, for messages.
+        dtypes: accepted in the checkpoint.
+        hint: what to do about another dtype.
+
+    Returns:
+        A loader with the same signature, which vLLM inspects. It raises ValueError.
+    """
+
+    @wraps(load)
+    def guarded(param: Any, loaded_weight: Tensor, *shard: Any) -> None:
+        if loaded_weight.dtype not in dtypes:
+            accepted = " or ".join(str(dtype) for dtype in dtypes)
+            raise ValueError(f"{name}: the checkpoint has {loaded_weight.dtype}, expected {accepted}; {hint}")
+        shape = _checkpoint_shape(layer, param, *shard)
+        if shape is not None and list(loaded_weight.shape) != shape:
+            part = f" (part {shard[0]})" if shard and shard[0] is not None else ""
+            raise ValueError(f"{name}{part}: the checkpoint has shape {list(loaded_weight.shape)}, expected {shape}")
+        with CopyCounter() as counter:
+            load(param, loaded_weight, *shard)
+        if not param.is_meta:  # on the meta device vLLM only counts, and loads again later
+            param.loaded_parts = getattr(param, "loaded_parts", {}) | {shard: counter.copied_numel}
+
+    return guarded
+
+
+def _checkpoint_shape(layer: Any, param: Tensor, shard: Any = None) -> list[int] | None:
+    """Shape in the checkpoint of the part `shard` of a merged layer, or of the whole parameter without one.
+
+    None under tensor parallelism, where vLLM replicates and splits parts by rules of each layer class.
+    """
+    if layer.tp_size > 1:
+        return None
+    rows = param.shape[0]
+    if isinstance(shard, str):
+        if shard not in ("q", "k", "v"):
+            return None
+        rows = layer.output_sizes["qkv".index(shard)]
+    elif isinstance(shard, int):
+        rows = layer.output_sizes[shard]
+    elif isinstance(shard, tuple):
+        rows = sum(layer.output_sizes[part] for part in shard)
+    return [rows, *param.shape[1:]]
+
+
+def refuse_incomplete(layer: nn.Module, prefix: str) -> None:
+    """ValueError unless the checkpoint filled every parameter of the layer."""
+    for name, param in layer.named_parameters(recurse=False):
+        parts = getattr(param, "loaded_parts", {})
+        if sum(parts.values()) < param.numel():
+            found = ", ".join(str(*shard) for shard in parts) or "nothing"
+            raise ValueError(
+                f"{prefix}.{name}: the checkpoint fills {sum(parts.values())} of its {param.numel()} numbers "
+                f"(found {found})"
+            )
