@@ -1,0 +1,67 @@
+"""Other programs, run as a user would run them: their log kept out of sight and shown where they fail."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rowint8.eval.errors import EvalError
+
+LOG_LINES_SHOWN = 30
+
+
+def console_script(name: str) -> str:
+    """Path of an installed command: next to this Python, else on PATH.
+
+    Raises:
+        EvalError: there is none.
+    """
+    beside = Path(sys.executable).with_name(name)
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise EvalError(f"the command {name} is not installed next to {sys.executable} nor on PATH")
+    return found
+
+
+def run_quietly(command: Sequence[str], env: Mapping[str, str], stdin: str = "") -> str:
+    """Runs a command to its end and returns its stdout.
+
+    Raises:
+        EvalError: it failed; the message holds the end of what it wrote.
+    """
+    done = subprocess.run(command, input=stdin, env=env, capture_output=True, text=True, errors="replace")
+    if done.returncode != 0:
+        raise EvalError(failure(command, done.returncode, done.stdout + done.stderr))
+    return done.stdout
+
+
+def failure(command: Sequence[str], returncode: int | None, log: str) -> str:
+    """The message for a command that failed: the command, how it ended and the end of its log."""
+    name = " ".join([Path(command[0]).name, *command[1:3]])
+    how = "did not answer in time" if returncode is None else f"failed with exit status {returncode}"
+    end = "\n".join(log.strip().splitlines()[-LOG_LINES_SHOWN:])
+    return f"`{name}` {how}; the end of its log:\n{end or '(it wrote nothing)'}"
+
+
+def require_package(name: str, how: str) -> None:
+    """Raises EvalError unless `name` can be imported; `how` says how to install it."""
+    if importlib.util.find_spec(name) is None:
+        raise EvalError(f"{name} is not installed; {how}")
+
+
+def vllm_environment() -> dict[str, str]:
+    """This process's environment with what vLLM needs to run here: no network, no reports, a small KV cache on the CPU.
+
+    What the user has set stays.
+    """
+    import torch
+
+    settings = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if not torch.cuda.is_available():
+        settings["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    elif importlib.util.find_spec("flashinfer") is None:
+        settings["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+    return {**settings, **os.environ}
