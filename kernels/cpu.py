@@ -43,7 +43,7 @@ def _int8_packed(tokens: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     if tokens.dtype == torch.float16:
         return torch.ops.aten._weight_int8pack_mm(tokens, values, scale)
     unit = tokens.new_ones(values.shape[0])
-    return torch.ops.aten._weight_int8pack_mm(tokens, values, unit).mul_(scale)  # multiplies in fp32
+    return torch.ops.aten._weight_int8pack_mm(tokens, values, unit) * scale  # bf16 * fp16 is fp32
 
 
 def _widened(tokens: Tensor, values: Tensor, scale: Tensor) -> Tensor:
