@@ -36,6 +36,27 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture(scope="session")
+def assert_matches():
+    """Compares an operator's output with its fp64 oracle, within a bound that follows from the arithmetic.
+
+    `rounded` are the quantities that are rounded to the output's dtype on the way (the output among them), each off by
+    at most `half_ulp`. `magnitude` is the oracle on the absolute values of the inputs: errors of summing in fp32 are
+    relative to it, because what cancels leaves its error behind.
+    """
+
+    def check(out, exact, magnitude, *rounded, half_ulp=None):
+        assert out.shape == exact.shape
+        half_ulp = torch.finfo(out.dtype).eps / 2 if half_ulp is None else half_ulp
+        subnormal_step = torch.finfo(out.dtype).smallest_normal * torch.finfo(out.dtype).eps
+        error = (out.double() - exact).norm()
+        allowed = half_ulp * sum(part.norm() for part in (exact, *rounded))
+        allowed += 2e-6 * magnitude.norm() + subnormal_step * exact.numel() ** 0.5
+        assert error <= allowed, f"error {error:.2e} exceeds {allowed:.2e}; the output's norm is {exact.norm():.2e}"
+
+    return check
+
+
 @pytest.fixture
 def poison_empty(monkeypatch):
     """Makes `torch.empty` return NaN (floating) so that an element a kernel does not write fails the test."""
