@@ -4,10 +4,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from transformers import LlamaConfig
+from pydantic import AliasChoices, BaseModel, Field, ValidationError
 
 from rowint8.baseline_engine.errors import EngineError, SettingError
 
@@ -107,12 +107,14 @@ class ModelConfig:
         raw = _read_json(folder / "config.json")
         _check_supported(raw, folder)
         try:
-            hf = LlamaConfig.from_dict(raw)
-        except Exception as error:  # transformers raises many kinds, all about the values in this file
-            raise EngineError(f"{folder / 'config.json'}: {_one_line(error)}") from error
+            hf = _LlamaFile.model_validate(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise EngineError(f"{folder / 'config.json'}: {place}: {first['msg']}") from None
         generation = folder / "generation_config.json"
         extra_eos = _read_json(generation).get("eos_token_id") if generation.exists() else None
-        rope: dict[str, Any] = dict(hf.rope_parameters or {})
+        rope = hf.rope()
         config = cls(
             vocab_size=hf.vocab_size,
             hidden_size=hf.hidden_size,
@@ -142,6 +144,35 @@ class ModelConfig:
             )
 
 
+class _LlamaFile(BaseModel):
+    """A Llama model's config.json, with the defaults of transformers' LlamaConfig (whose import takes seconds)."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    """Since transformers 5, in place of the two above."""
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    eos_token_id: int | list[int] | None = 2
+    dtype: str | None = Field(default=None, validation_alias=AliasChoices("dtype", "torch_dtype"))
+
+    def rope(self) -> dict[str, Any]:
+        """rope_theta, rope_type and what that type needs, whichever way the file gives them."""
+        given = self.rope_parameters or self.rope_scaling or {}
+        kind = given.get("rope_type", given.get("type", "default"))
+        return {"rope_theta": self.rope_theta, **given, "rope_type": kind}
+
+
 def _check_supported(raw: dict[str, Any], folder: Path) -> None:
     path = folder / "config.json"
     architectures = raw.get("architectures") or ["none named"]
@@ -162,7 +193,7 @@ def _check_supported(raw: dict[str, Any], folder: Path) -> None:
 
 
 def _rope_scaling(rope: dict[str, Any], folder: Path) -> RopeScaling | None:
-    kind = rope.get("rope_type", "default")
+    kind = rope["rope_type"]
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise EngineError(f"{folder / 'config.json'}: partial rotary positions are not supported")
     if kind == "default":
@@ -175,12 +206,10 @@ def _rope_scaling(rope: dict[str, Any], folder: Path) -> RopeScaling | None:
     return RopeScaling(**{key: rope[key] for key in _LLAMA3_KEYS})
 
 
-def _stored_dtype(dtype: torch.dtype | str | None, folder: Path) -> torch.dtype:
-    if dtype is None:
-        return torch.float32
-    if dtype not in _DTYPES.values():
-        raise EngineError(f"{folder / 'config.json'}: dtype {dtype}; accepted are {', '.join(_DTYPES)}")
-    return cast(torch.dtype, dtype)
+def _stored_dtype(name: str | None, folder: Path) -> torch.dtype:
+    if name is not None and name not in _DTYPES:
+        raise EngineError(f"{folder / 'config.json'}: dtype {name}; accepted are {', '.join(_DTYPES)}")
+    return _DTYPES[name or "float32"]
 
 
 def _as_ids(eos: int | list[int] | None) -> list[int]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers.decoders import DecodeStream
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from rowint8.baseline_engine.errors import EngineError
 
@@ -21,7 +21,7 @@ class Tokenizer:
     def __init__(self, folder: Path):
         """Raises EngineError where the folder has no tokenizer that loads."""
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            self._tokenizer = _load(folder)
             self._backend = self._tokenizer.backend_tokenizer
         except Exception as error:  # missing files, broken JSON and unknown classes have no common base class
             reason = " ".join(str(error).split())[:200]
@@ -44,6 +44,15 @@ class Tokenizer:
     def stream(self) -> "TextStream":
         """A decoder for one request's tokens as they come."""
         return TextStream(self._backend)
+
+
+def _load(folder: Path):
+    """tokenizer.json holds the whole tokenizer; only without it must transformers convert another format."""
+    if (folder / "tokenizer.json").exists():
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    from transformers import AutoTokenizer  # a slow import
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 class TextStream:

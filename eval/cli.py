@@ -190,13 +190,16 @@ def _made_demo_model() -> Path:
 
 
 def _write(path: Path | None, rows, ceilings=None) -> None:
-    """Writes a result file whose command is this process's command line; nothing without a path."""
+    """Writes a result file whose command is this process's command line; nothing without a path.
+
+    The file's own place is no part of the measurement: only its name is kept.
+    """
     if path is None:
         return
     from rowint8.eval.environment import describe_environment
     from rowint8.eval.schema import Results, write_results
 
-    command = shlex.join(["rowint8", *sys.argv[1:]])
+    command = shlex.join(["rowint8", *(path.name if part == str(path) else part for part in sys.argv[1:])])
     results = Results(environment=describe_environment(), command=command, rows=tuple(rows), ceilings=ceilings)
     write_results(path, results)
     err.print(f"wrote {path}", highlight=False)

@@ -21,7 +21,7 @@ from rowint8.eval.schema import GIB, GenerationRow
 from rowint8.eval.serve import vllm_server
 
 PROMPT = "Explain in a few sentences why the sky is blue."
-MAX_TOKENS = 64
+MAX_TOKENS = 32
 MAX_MODEL_LEN = 512
 
 _INT8 = ("--quantization", "rowint8")

@@ -2,15 +2,18 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rowint8.eval.errors import EvalError
 
 LOG_LINES_SHOWN = 30
+_ERROR_LINE = re.compile(r"\b\w*(Error|Exception)\b: ")
 
 
 def console_script(name: str) -> str:
@@ -39,11 +42,20 @@ def run_quietly(command: Sequence[str], env: Mapping[str, str], stdin: str = "")
 
 
 def failure(command: Sequence[str], returncode: int | None, log: str) -> str:
-    """The message for a command that failed: the command, how it ended and the end of its log."""
+    """The message for a command that failed: how it ended, the first error in its log, the log's end and its file.
+
+    The first error matters where several processes write: the last ones only say that the first one is gone.
+    """
     name = " ".join([Path(command[0]).name, *command[1:3]])
     how = "did not answer in time" if returncode is None else f"failed with exit status {returncode}"
-    end = "\n".join(log.strip().splitlines()[-LOG_LINES_SHOWN:])
-    return f"`{name}` {how}; the end of its log:\n{end or '(it wrote nothing)'}"
+    lines = log.strip().splitlines()
+    if not lines:
+        return f"`{name}` {how}; it wrote nothing"
+    with tempfile.NamedTemporaryFile("w", prefix="rowint8-", suffix=".log", delete=False) as file:
+        file.write(log)
+    first = next((line.strip() for line in lines if _ERROR_LINE.search(line)), "none recognised")
+    end = "\n".join(lines[-LOG_LINES_SHOWN:])
+    return f"`{name}` {how}; first error: {first}\nthe end of its log, which is in {file.name}:\n{end}"
 
 
 def require_package(name: str, how: str) -> None:

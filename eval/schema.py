@@ -157,8 +157,8 @@ class Results(Generic[Row]):
     command: Name
     rows: tuple[Row, ...]
     """At least one."""
-    ceilings: Ceilings | None = None
-    """With kernel rows."""
+    ceilings: Annotated[Ceilings | None, Field(exclude_if=lambda value: value is None)] = None
+    """With kernel rows; absent from other files."""
 
     @model_validator(mode="after")
     def _not_empty(self) -> "Results[Row]":

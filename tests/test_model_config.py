@@ -87,7 +87,7 @@ def test_generation_config_adds_end_of_sequence_ids(tmp_path, eos, generation, e
         ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 2.0}}, "rope scaling 'yarn'"),
         ({"num_key_value_heads": 3}, "query heads must be a multiple of key heads"),
         ({"head_dim": 7}, "even"),
-        ({"dtype": "float64"}, "dtype torch.float64; accepted are float32, bfloat16, float16"),
+        ({"dtype": "float64"}, "dtype float64; accepted are float32, bfloat16, float16"),
         ({"hidden_size": "many"}, "hidden_size"),
     ],
 )
