@@ -101,13 +101,9 @@ def _copies(n: int, k: int) -> int:
 
 
 def _silu_and_mul(gate_up: Tensor) -> Tensor:
-    """vLLM's kernel where vLLM is installed, else two of torch's."""
-    if not hasattr(torch.ops._C, "silu_and_mul"):
-        gate, up = gate_up.chunk(2, dim=-1)
-        return silu(gate) * up
-    out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-    torch.ops._C.silu_and_mul(out, gate_up)
-    return out
+    """Two of torch's kernels."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return silu(gate) * up
 
 
 def _row(op: Literal["linear", "swiglu"], shape: str, m: int, candidates: dict[str, list[Call]]) -> KernelRow:

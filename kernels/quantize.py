@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 INT8_MAX = 127
-BLOCK_ELEMENTS = 1 << 22
-"""Weights are quantized this many elements at a time, which bounds the extra memory to about 40 MB."""
+BLOCK_ELEMENTS = 1 << 20
+"""Weights are quantized this many elements at a time, which bounds the extra memory to about 10 MB."""
 
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -241,7 +241,7 @@ def test_loading_int8_never_holds_the_bf16_model(tmp_path):
     output = subprocess.run([sys.executable, "-c", MEASURE_LOAD, str(tmp_path)], check=True, capture_output=True).stdout
     grown, weight_bytes = json.loads(output)
     one_tensor = (2 + 1) * 4096 * 1024  # as bf16 and, before it goes to its place, as INT8
-    one_block = 48 << 20  # a block's fp32 copies in the quantizer, about 40 MB
+    one_block = 32 << 20  # a block's fp32 copies in the quantizer, about 10 MB, and libraries at their first use
     assert grown > 0.95 * weight_bytes, "the weights themselves must have been counted"
     assert grown < weight_bytes + one_tensor + one_block, f"{(grown - weight_bytes) / 2**20:.0f} MiB beyond the weights"
     assert grown < bf16_bytes, "not even the bf16 model alone would fit into that"
