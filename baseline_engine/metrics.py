@@ -5,7 +5,7 @@
     TPOT      (end - first token) / (n - 1) of a request with n > 1 tokens: the mean of its gaps
     tok/s     output tokens of all requests / wall time, prefill included
     peak_mem  the device's peak during the run, the weights included: on CUDA the bytes that torch's allocator held; on
-              the CPU the process's resident set, with Python and libraries (about 0.5 GiB before any weight)
+              the CPU the process's resident set, with Python and libraries
     speedup   baseline time / optimized time
 
 Output tokens include the end-of-sequence token. Loading and compiling come before the clock starts and are given apart.

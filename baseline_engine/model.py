@@ -50,7 +50,7 @@ LayerFunction = Callable[[DecoderLayer, Tensor, Step, Tensor, Tensor], Tensor]
 
 
 class LlamaModel(nn.Module):
-    """Weights are allocated in their final format and filled by `checkpoint.load_weights`.
+    """Weights are allocated in their final format and filled by `checkpoint.load_model`.
 
     Embedding and output layer stay in the activation dtype; tied, they are one tensor.
     """

@@ -66,7 +66,7 @@ def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
 
 
 def default_dtype() -> str:
-    """bfloat16 on a GPU; float32 on the CPU, where bf16 products run up to nine times slower without AVX-512 BF16."""
+    """bfloat16 on a GPU; float32 on the CPU, where bf16 products are slow without AVX-512 BF16."""
     import torch
 
     return "bfloat16" if torch.cuda.is_available() else "float32"

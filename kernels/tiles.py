@@ -1,6 +1,6 @@
 """Which tile a product runs with: a pure function of operator, shape and card. Nothing is timed at run time.
 
-The tables hold the fastest of about 600 tiles on an H100, for the four linear shapes of Llama-3.1-8B. Other cards take
+The tables come from a sweep on an H100 over the four linear shapes of Llama-3.1-8B. Other cards take
 the same tiles, cut to their shared memory.
 """
 
