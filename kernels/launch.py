@@ -1,9 +1,12 @@
-"""What every launcher and kernel needs once: the interpreter's dtype rule and the order of tiles."""
+"""What every launcher and kernel needs once: which kernel, the interpreter's dtype rule, the order of tiles."""
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton import knobs
+
+from rowint8.kernels.tiles import HopperTile, hopper_processors, pick_hopper_tile
 
 _TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -15,6 +18,18 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     dot of bf16 operands is silently wrong: there both operands are widened to fp32.
     """
     return tl.float32 if knobs.runtime.interpret else _TRITON_DTYPE[dtype]
+
+
+def hopper_tile(op: str, tokens: Tensor, values: Tensor) -> HopperTile | None:
+    """The tile for the Hopper kernel, or None where the card, the tensors or the sizes call for the others."""
+    processors = hopper_processors(tokens.device)
+    if not processors or not tokens.numel() or not values.numel():
+        return None
+    from rowint8.kernels.hopper_product import fits
+
+    if not fits(tokens, values, fused=op == "swiglu"):
+        return None
+    return pick_hopper_tile(op, tokens.shape[0], *values.shape, processors)
 
 
 @triton.jit

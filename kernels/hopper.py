@@ -1,0 +1,249 @@
+# type: ignore  # Gluon's own types do not describe device code
+"""The INT8 product on Hopper, in Gluon: TMA brings tiles into shared memory, wgmma multiplies them from registers.
+
+A program has three roles that run at the same time, on warps of their own. The producer (one warp) fills a ring of
+stages, each a block of K of the weight rows and of the tokens. Two consumers (four warps each) own `rows` weight rows
+each: they widen the INT8 values from shared memory into registers, where wgmma takes its left operand, and multiply
+them with the tokens in shared memory. While one consumer widens, the other multiplies. `full` barriers tell consumers
+that a stage has arrived, `empty` barriers tell the producer that both are done with it.
+
+Programs are persistent: at most one a multiprocessor, each takes every gridDim-th tile. With `split` > 1 the K of a
+tile is cut into parts, which are written as fp32 and added in order by a second kernel: results never depend on timing.
+
+This file is device code; `hopper_product` launches it.
+"""
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+
+_memory = gl.shared_memory_descriptor
+# renamed after Triton 3.6
+_reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret
+_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
+
+class Config(NamedTuple):
+    """What a compilation of the kernel depends on."""
+
+    fused: bool
+    has_bias: bool
+    rows: int
+    block_m: int
+    block_k: int
+    stages: int
+    split: int
+    group: int
+
+
+@gluon.jit
+def _work_unit(unit, tiles_m, tiles_n, steps, SPLIT: gl.constexpr, GROUP: gl.constexpr):
+    """(pid_m, pid_n, split, first K step, end K step). GROUP row blocks of the weight run together: they share L2."""
+    tile = unit // SPLIT
+    split = unit % SPLIT
+    first_n = tile // (GROUP * tiles_m) * GROUP
+    width = min(tiles_n - first_n, GROUP)
+    within = tile - first_n * tiles_m
+    return within // width, first_n + within % width, split, split * steps // SPLIT, (split + 1) * steps // SPLIT
+
+
+@gluon.jit
+def _produce(weight, x, w_ring, x_ring, full, empty, tiles_m, tiles_n, steps, config: gl.constexpr):
+    """Keeps the ring full."""
+    FUSED: gl.constexpr = config.fused
+    ROWS: gl.constexpr = config.rows
+    BLOCK_M: gl.constexpr = config.block_m
+    BLOCK_K: gl.constexpr = config.block_k
+    STAGES: gl.constexpr = config.stages
+    SPLIT: gl.constexpr = config.split
+    GROUP: gl.constexpr = config.group
+    it = 0
+    for unit in range(gl.program_id(0), tiles_m * tiles_n * SPLIT, gl.num_programs(0)):
+        pid_m, pid_n, _, first, end = _work_unit(unit, tiles_m, tiles_n, steps, SPLIT, GROUP)
+        for step in range(first, end):
+            stage = it % STAGES
+            arrived = full.index(stage)
+            mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
+            mbarrier.expect(arrived, 2 * ROWS * BLOCK_K + 2 * BLOCK_M * BLOCK_K)
+            for half in gl.static_range(2):
+                if FUSED:
+                    where = [(pid_n * 2 + half) * (ROWS // 16), 0, 0, step * BLOCK_K]
+                else:
+                    where = [(pid_n * 2 + half) * ROWS, step * BLOCK_K]
+                _load(weight, where, arrived, w_ring.index(stage * 2 + half))
+            _load(x, [pid_m * BLOCK_M, step * BLOCK_K], arrived, x_ring.index(stage))
+            it += 1
+
+
+@gluon.jit
+def _consume(
+    out,
+    scale,
+    bias,
+    w_ring,
+    x_ring,
+    full,
+    empty,
+    tiles_m,
+    tiles_n,
+    steps,
+    M,
+    N,
+    HALF: gl.constexpr,
+    config: gl.constexpr,
+):
+    """Multiplies one half of the weight rows of every tile of this program and stores the result."""
+    FUSED: gl.constexpr = config.fused
+    HAS_BIAS: gl.constexpr = config.has_bias
+    ROWS: gl.constexpr = config.rows
+    BLOCK_M: gl.constexpr = config.block_m
+    BLOCK_K: gl.constexpr = config.block_k
+    STAGES: gl.constexpr = config.stages
+    SPLIT: gl.constexpr = config.split
+    GROUP: gl.constexpr = config.group
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=2)
+    it = 0
+    for unit in range(gl.program_id(0), tiles_m * tiles_n * SPLIT, gl.num_programs(0)):
+        pid_m, pid_n, split, first, end = _work_unit(unit, tiles_m, tiles_n, steps, SPLIT, GROUP)
+        acc = gl.zeros([ROWS, BLOCK_M], gl.float32, ACC)
+        w = _widened(w_ring, full, it, HALF, ROWS, BLOCK_K, STAGES, OPERAND, x_ring.dtype)
+        for _ in range(first + 1, end):
+            stage = it % STAGES
+            acc = warpgroup_mma(w, x_ring.index(stage).permute((1, 0)), acc, is_async=True)
+            w = _widened(w_ring, full, it + 1, HALF, ROWS, BLOCK_K, STAGES, OPERAND, x_ring.dtype)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(empty.index(stage), count=1)
+            it += 1
+        acc = warpgroup_mma(w, x_ring.index(it % STAGES).permute((1, 0)), acc)
+        mbarrier.arrive(empty.index(it % STAGES), count=1)
+        it += 1
+        row = (pid_n * 2 + HALF) * ROWS
+        token = pid_m * BLOCK_M
+        if FUSED:
+            _store(_swiglu(acc, scale, row // 2, N // 2, ACC), out, row // 2, token, M, N // 2)
+        elif SPLIT > 1:
+            part = split * tiles_n * 2 * ROWS + row
+            _store_part(acc, out + part.to(gl.int64) * (tiles_m * BLOCK_M) + token, tiles_m * BLOCK_M, ACC)
+        else:
+            _store(_scaled(acc, scale, bias, row, N, HAS_BIAS, ACC), out, row, token, M, N)
+
+
+@gluon.jit
+def _widened(
+    w_ring,
+    full,
+    it,
+    HALF: gl.constexpr,
+    ROWS: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    OPERAND: gl.constexpr,
+    DTYPE: gl.constexpr,
+):
+    """This consumer's [ROWS, BLOCK_K] of K step `it` in the activations' dtype, once they have arrived."""
+    mbarrier.wait(full.index(it % STAGES), (it // STAGES) & 1)
+    SWIZZLE: gl.constexpr = w_ring.layout.swizzle_byte_width
+    w = w_ring.index(it % STAGES * 2 + HALF)
+    if DTYPE == gl.bfloat16:  # noqa: SIM300
+        pairs = _reinterpret(w, gl.int16, [ROWS, BLOCK_K // 2], gl.NVMMASharedLayout(SWIZZLE, 16, 2))
+        return _bf16_pairs(pairs.load(gl.DotOperandLayout(0, OPERAND.parent, k_width=1)), OPERAND)
+    return _reinterpret(w, gl.int8, [ROWS, BLOCK_K], gl.NVMMASharedLayout(SWIZZLE, 8, 2)).load(OPERAND).to(DTYPE)
+
+
+@gluon.jit
+def _bf16_pairs(pairs, OPERAND: gl.constexpr):
+    """[R, K / 2] pairs of INT8 values as int16 -> [R, K] bf16, exactly.
+
+    bf16 holds 128 + the low seven bits in its mantissa; what is taken off is 128, or 256 where the sign bit is set.
+    Two values share each of four instructions.
+    """
+    low, high = gl.inline_asm_elementwise(
+        """{
+            .reg .b32 v, offset;
+            cvt.u32.u16 v, $2;
+            prmt.b32 v, v, 0, 0x4140;
+            lop3.b32 offset, v, 0x00800080, 0x43004300, 0xea;
+            lop3.b32 v, v, 0x007f007f, 0x43004300, 0xea;
+            sub.rn.bf16x2 v, v, offset;
+            mov.b32 {$0, $1}, v;
+        }""",
+        "=h,=h,h",
+        [pairs],
+        dtype=(gl.bfloat16, gl.bfloat16),
+        is_pure=True,
+        pack=1,
+    )
+    both = gl.join(low, high).reshape([pairs.shape[0], pairs.shape[1] * 2])
+    return gl.convert_layout(both, OPERAND, assert_trivial=True)
+
+
+@gluon.jit
+def _scaled(acc, scale, bias, row, N, HAS_BIAS: gl.constexpr, ACC: gl.constexpr):
+    rows = row + gl.arange(0, acc.shape[0], gl.SliceLayout(1, ACC))
+    acc *= gl.load(scale + rows, mask=rows < N, other=0.0).to(gl.float32)[:, None]
+    if HAS_BIAS:
+        acc += gl.load(bias + rows, mask=rows < N, other=0.0).to(gl.float32)[:, None]
+    return acc
+
+
+@gluon.jit
+def _swiglu(acc, scale, first, I, ACC: gl.constexpr):
+    """[R, BM] with eight gate rows and their eight up rows in turn -> silu(gate) * up [R / 2, BM]."""
+    ROWS: gl.constexpr = acc.shape[0]
+    n = gl.arange(0, ROWS, gl.SliceLayout(1, ACC))
+    i = first + n // 16 * 8 + n % 8
+    acc *= gl.load(scale + i + n // 8 % 2 * I, mask=i < I, other=0.0).to(gl.float32)[:, None]
+    gate, up = acc.reshape([ROWS // 16, 2, 8, acc.shape[1]]).permute((0, 2, 3, 1)).split()
+    return (gate / (1.0 + gl.exp(-gate)) * up).reshape([ROWS // 2, acc.shape[1]])
+
+
+@gluon.jit
+def _store_part(acc, part, stride, ACC: gl.constexpr):
+    """Writes a block of unscaled fp32 sums as it lies in registers."""
+    rows = gl.arange(0, acc.shape[0], gl.SliceLayout(1, ACC))
+    tokens = gl.arange(0, acc.shape[1], gl.SliceLayout(0, ACC))
+    gl.store(part + rows[:, None] * stride + tokens[None, :], acc)
+
+
+@gluon.jit
+def _store(acc, out, row, token, M, N):
+    """Writes a block of out^T, eight neighbouring outputs of a token per thread."""
+    R: gl.constexpr = acc.shape[0]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([8, 1], [R // 8, 32 // (R // 8)], [1, 4], [0, 1])
+    block = gl.convert_layout(acc.to(out.dtype.element_ty), LAYOUT)
+    rows = row + gl.arange(0, R, gl.SliceLayout(1, LAYOUT))
+    tokens = (token + gl.arange(0, acc.shape[1], gl.SliceLayout(0, LAYOUT))).to(gl.int64)
+    mask = (rows < N)[:, None] & (tokens < M)[None, :]
+    gl.store(out + tokens[None, :] * N + rows[:, None], block, mask=mask)
+
+
+@gluon.jit(do_not_specialize=["M"])
+def hopper_kernel(weight, x, scale, bias, out, M, N, K, config: gl.constexpr):
+    """Grid: at most one program a multiprocessor. `weight` and `x` are TMA descriptors; `out` is [M, N], [M, N / 2]
+    for SwiGLU, or, with a split, fp32 parts [split, N padded, M padded] of the transposed product."""
+    ROWS: gl.constexpr = config.rows
+    BLOCK_M: gl.constexpr = config.block_m
+    BLOCK_K: gl.constexpr = config.block_k
+    STAGES: gl.constexpr = config.stages
+    w_ring = gl.allocate_shared_memory(gl.int8, [2 * STAGES] + weight.block_type.shape, weight.layout)  # noqa: RUF005
+    x_ring = gl.allocate_shared_memory(x.dtype, [STAGES, BLOCK_M, BLOCK_K], x.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    tiles_m = gl.cdiv(M, BLOCK_M)
+    tiles_n = gl.cdiv(N, 2 * ROWS)
+    steps = gl.cdiv(K, BLOCK_K)
+    gl.warp_specialize(
+        [
+            (_consume, (out, scale, bias, w_ring, x_ring, full, empty, tiles_m, tiles_n, steps, M, N, 0, config)),
+            (_consume, (out, scale, bias, w_ring, x_ring, full, empty, tiles_m, tiles_n, steps, M, N, 1, config)),
+            (_produce, (weight, x, w_ring, x_ring, full, empty, tiles_m, tiles_n, steps, config)),
+        ],
+        [4, 1],
+        [232, 24],
+    )

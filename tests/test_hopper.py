@@ -1,0 +1,137 @@
+"""The Hopper kernel against the fp64 oracle, on a card of compute capability 9.0.
+
+The interpreter does not run Gluon: without such a card only the sum over the parts of a split K is computed here, and
+tests/test_compilation.py compiles the rest.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rowint8.kernels import ops, reference
+from rowint8.kernels.hopper_product import add_parts, fits, hopper_product
+from rowint8.kernels.quantize import Int8Weight, quantize_rowwise
+from rowint8.kernels.tiles import HOPPER_TILES, HopperTile, hopper_processors, pick_hopper_tile
+
+pytestmark = pytest.mark.usefixtures("poison_empty")
+needs_hopper = pytest.mark.skipif(
+    not (torch.cuda.is_available() and hopper_processors(torch.device("cuda"))), reason="needs a Hopper GPU"
+)
+SHARED_MEMORY = 232_448
+TILE_AND_DTYPE = pytest.mark.parametrize(
+    ("tile", "dtype"), [*((tile, torch.bfloat16) for tile in HOPPER_TILES), (HOPPER_TILES[2], torch.float16)], ids=str
+)
+SHAPES = [(16, 16), (336, 1040), (1296, 4112)]
+
+
+def case(m, n, k, dtype, bias=False):
+    weight = quantize_rowwise(torch.randn(n, k, device="cuda") / k**0.5)
+    b = torch.randn(n, device="cuda").to(dtype) if bias else None
+    return torch.randn(m, k, device="cuda").to(dtype), weight, b
+
+
+def absolute(x, weight):
+    return x.abs(), Int8Weight(weight.values.abs(), weight.scale)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("split", [1, 4])
+@TILE_AND_DTYPE
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear(assert_matches, tile, split, shape, dtype):
+    if split * tile.block_k > shape[1]:
+        pytest.skip("K is shorter than the parts")
+    for m in (1, tile.block_m, 2 * tile.block_m + 3):
+        x, weight, bias = case(m, *shape, dtype, bias=True)
+        out = hopper_product(x, *weight, bias, replace(tile, split=split))
+        exact = reference.linear(x, weight, bias)
+        assert_matches(out, exact, reference.linear(*absolute(x, weight), bias.abs()))
+        assert torch.equal(out, hopper_product(x, *weight, bias, replace(tile, split=split)))
+
+
+@pytest.mark.gpu
+@needs_hopper
+@TILE_AND_DTYPE
+@pytest.mark.parametrize("shape", SHAPES)
+def test_swiglu(assert_matches, tile, shape, dtype):
+    for m in (1, tile.block_m, 2 * tile.block_m + 3):
+        x, weight, _ = case(m, *shape, dtype)
+        gates, ups = reference.linear(*absolute(x, weight)).chunk(2, dim=-1)
+        out = hopper_product(x, *weight, None, tile, fused=True)
+        assert_matches(out, reference.swiglu(x, weight), gates * ups)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("tile", HOPPER_TILES, ids=str)
+def test_a_row_does_not_depend_on_the_others(tile):
+    x, weight, _ = case(tile.block_m + 5, 336, 1040, torch.bfloat16)
+    whole = hopper_product(x, *weight, None, tile)
+    assert torch.equal(whole[-1:], hopper_product(x[-1:].contiguous(), *weight, None, tile))
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_every_int8_value_is_widened_exactly():
+    values = torch.arange(-128, 128, dtype=torch.int8, device="cuda").repeat(128, 1)
+    x = torch.eye(256, device="cuda", dtype=torch.bfloat16)
+    out = hopper_product(x, values, torch.ones(128, device="cuda", dtype=torch.float16), None, HOPPER_TILES[-1])
+    assert torch.equal(out, values.T.to(torch.bfloat16))
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_tensors_that_tma_cannot_read_take_the_other_kernel(assert_matches):
+    x, weight, _ = case(40, 64, 1032, torch.bfloat16)
+    assert not fits(x, weight.values, fused=False)
+    assert_matches(ops.linear(x, *weight), reference.linear(x, weight), reference.linear(*absolute(x, weight)))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (33, 70)])
+def test_parts_are_added_scaled_and_biased(device, m, n, bias):
+    parts = torch.randn(3, n + 5, m + 2, device=device)
+    scale = torch.rand(n, device=device).half()
+    b = torch.randn(n, device=device) if bias else None
+    out = torch.full((m, n), float("nan"), device=device)
+    add_parts(parts, scale, b, out)
+    exact = parts[:, :n, :m].double().sum(0).T * scale.double() + (b.double() if bias else 0)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_what_tma_can_read():
+    x, values = torch.empty(4, 64, dtype=torch.bfloat16), torch.empty(48, 64, dtype=torch.int8)
+    assert fits(x, values, fused=True)
+    assert not fits(x.float(), values, fused=False), "only 16-bit activations"
+    assert not fits(x[:, :40].contiguous(), values[:, :40].contiguous(), fused=False), "K is not a multiple of 16"
+    assert not fits(x, values.flatten()[8:-56].view(47, 64), fused=False), "the address is not on 16 bytes"
+    assert fits(x, values[:40], fused=False)
+    assert not fits(x, values[:40], fused=True), "half of the rows is not a multiple of 8"
+
+
+@given(
+    op=st.sampled_from(["linear", "swiglu"]),
+    m=st.integers(1, 20_000),
+    n=st.integers(1, 200_000),
+    k=st.integers(16, 60_000),
+    processors=st.sampled_from([78, 114, 132]),
+)
+def test_the_chosen_tile_fits(op, m, n, k, processors):
+    tile = pick_hopper_tile(op, m, n, k, processors)
+    if tile is None:
+        assert m <= 16
+        return
+    ring = tile.stages * 2 * (tile.rows + tile.block_m) * tile.block_k
+    assert ring <= SHARED_MEMORY - 4096
+    assert tile.stages >= 3
+    assert tile.split == 1 or (op == "linear" and tile.split * tile.block_k <= k)
+    assert tile.processors == processors
+
+
+def test_large_products_take_the_tile_with_the_most_reuse():
+    tile = pick_hopper_tile("linear", 8192, 28672, 4096, 132)
+    assert tile == replace(HopperTile(64, 256, 64), stages=tile.stages)
