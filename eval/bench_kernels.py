@@ -7,6 +7,7 @@ seven times; the median counts and the spread is (slowest - fastest) / median.
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,7 +17,9 @@ from torch.nn.functional import linear as dense_linear
 from torch.nn.functional import silu
 
 from rowint8.baseline_engine.metrics import speedup
+from rowint8.eval import kernel_peers
 from rowint8.eval.console import compact_table
+from rowint8.eval.kernel_peers import Product
 from rowint8.eval.schema import Ceilings, KernelRow
 from rowint8.kernels import ops
 from rowint8.kernels.quantize import Int8Weight, quantize_rowwise
@@ -65,18 +68,33 @@ def measure_ceilings() -> Ceilings:
     return Ceilings(read_tb_s=_READ_BYTES / read_us / 1e6, bf16_tflop_s=2 * _MATMUL**3 / matmul_us / 1e6)
 
 
-def bench(shapes: Sequence[str], tokens: Sequence[int], announce: Callable[[str], None]) -> Iterator[KernelRow]:
-    """Times `linear` for every shape and number of tokens, and `swiglu` for gate_up."""
+def bench(
+    shapes: Sequence[str], tokens: Sequence[int], announce: Callable[[str], None], peers: bool = False
+) -> Iterator[KernelRow]:
+    """Times `linear` for every shape and number of tokens, and `swiglu` for gate_up.
+
+    With `peers`, also the 8-bit products of `kernel_peers` that are installed; `announce` is told which are not.
+    """
     for shape in shapes:
         announce(shape)
         n, k = SHAPES[shape]
         dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * k**-0.5 for _ in range(_copies(n, k))]
         int8 = [quantize_rowwise(weight) for weight in dense]
+        products = _peer_products(k, int8, announce) if peers else {}
         for m in tokens:
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-            yield _row("linear", shape, m, linear_candidates(x, dense, int8))
+            others = {name: [partial(call, x) for call in calls] for name, calls in products.items()}
+            yield _row("linear", shape, m, linear_candidates(x, dense, int8) | others)
             if shape == "gate_up":
-                yield _row("swiglu", shape, m, swiglu_candidates(x, dense, int8))
+                yield _row("swiglu", shape, m, swiglu_candidates(x, dense, int8, peers))
+
+
+def _peer_products(k: int, int8: list[Int8Weight], announce: Callable[[str], None]) -> dict[str, list[Product]]:
+    x = torch.randn(16, k, device="cuda", dtype=torch.bfloat16)
+    products, absent = kernel_peers.prepare(x, int8, ops.linear(x, *int8[0]))
+    for name, reason in absent.items():
+        announce(f"without {name}: {reason}")
+    return products
 
 
 def linear_candidates(x: Tensor, dense: list[Tensor], int8: list[Int8Weight]) -> dict[str, list[Call]]:
@@ -87,12 +105,13 @@ def linear_candidates(x: Tensor, dense: list[Tensor], int8: list[Int8Weight]) ->
     }
 
 
-def swiglu_candidates(x: Tensor, dense: list[Tensor], int8: list[Int8Weight]) -> dict[str, list[Call]]:
-    """Name to one call per copy of the weight."""
+def swiglu_candidates(x: Tensor, dense: list[Tensor], int8: list[Int8Weight], peers: bool) -> dict[str, list[Call]]:
+    """Name to one call per copy of the weight. With `peers`, the unfused products end in vLLM's activation kernel."""
+    activation = kernel_peers.vllm_silu_and_mul if peers else _silu_and_mul
     return {
         "rowint8": [lambda w=w: ops.swiglu(x, *w) for w in int8],
-        "unfused": [lambda w=w: _silu_and_mul(ops.linear(x, *w)) for w in int8],
-        "cublas_bf16": [lambda w=w: _silu_and_mul(dense_linear(x, w)) for w in dense],
+        "unfused": [lambda w=w: activation(ops.linear(x, *w)) for w in int8],
+        "cublas_bf16": [lambda w=w: activation(dense_linear(x, w)) for w in dense],
     }
 
 
@@ -132,23 +151,22 @@ def kernel_table(rows: Sequence[KernelRow], ceilings: Ceilings) -> Table:
     table = compact_table(
         "microseconds a call, bf16 activations",
         f"read ceiling {ceilings.read_tb_s:.2f} TB/s, bf16 product {ceilings.bf16_tflop_s:.0f} TFLOP/s; "
-        "of limit: the longer of reading and computing at those ceilings / time",
+        "of limit: the longer of reading and computing at those ceilings / time; speedup: over the best other",
     )
     for heading in ("op", "shape"):
         table.add_column(heading)
-    for heading in ("M", "rowint8", "unfused", "cuBLAS bf16", "speedup", "GB/s", "TFLOP/s", "of limit"):
+    others = [name for name in dict.fromkeys(name for row in rows for name in row.us) if name != "rowint8"]
+    for heading in ("M", "rowint8", *others, "speedup", "GB/s", "TFLOP/s", "of limit"):
         table.add_column(heading, justify="right")
     for row in rows:
         ours = row.us["rowint8"]
-        dense = row.us["cublas_bf16"]
         table.add_row(
             row.op,
             row.shape,
             str(row.M),
             f"{ours:.1f}",
-            f"{row.us['unfused']:.1f}" if "unfused" in row.us else "",
-            f"{dense:.1f}",
-            f"{speedup(dense, ours):.2f}x",
+            *(f"{row.us[name]:.1f}" if name in row.us else "" for name in others),
+            f"{speedup(min(us for name, us in row.us.items() if name != 'rowint8'), ours):.2f}x",
             f"{row.N * row.K / ours / 1e3:.0f}",
             f"{2 * row.M * row.N * row.K / ours / 1e6:.1f}",
             f"{limit_us(row, ceilings) / ours:.0%}",
