@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from rowint8 import vllm_plugin
+from rowint8.vllm_plugin import config as config_module
 from rowint8.vllm_plugin.config import RowInt8Config
 
 
@@ -42,13 +43,32 @@ def test_a_checkpoint_with_a_config_is_serialized_unless_it_says_otherwise():
     assert (config.serialized, config.ignore) == (False, ["re:.*o_proj"])
 
 
+def test_defaults_are_the_same_with_and_without_a_config():
+    for config in (RowInt8Config(), RowInt8Config.from_config({"quant_method": "rowint8"})):
+        assert (config.lm_head, config.fuse_swiglu) == (False, True)
+    config = RowInt8Config.from_config({"quant_method": "rowint8", "lm_head": True, "fuse_swiglu": False})
+    assert (config.lm_head, config.fuse_swiglu) == (True, False)
+
+
+def test_every_option_is_documented():
+    for option in config_module._OPTIONS:
+        assert f"\n    {option}: " in config_module.__doc__
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ignored": []}, "unknown option ignored; accepted are quant_method, serialized, ignore"),
+        (
+            {"ignored": []},
+            "unknown option ignored; accepted are quant_method, serialized, ignore, lm_head, fuse_swiglu",
+        ),
         ({"bits": 4, "group_size": 32}, "unknown option bits, group_size; accepted are"),
         ({"serialized": "no"}, "serialized must be true or false, got 'no'"),
         ({"ignore": "lm_head"}, "ignore must be a list of names"),
+        ({"lm_head": "int8"}, "lm_head must be true or false, got 'int8'"),
+        ({"fuse_swiglu": 1}, "fuse_swiglu must be true or false, got 1"),
+        ({"lm_head": True, "ignore": ["lm_head"]}, "lm_head is true, but ignore holds 'lm_head'"),
+        ({"lm_head": True, "ignore": ["re:.*"]}, "lm_head is true, but ignore holds 're:.*'"),
         ({"ignore": ["re:("]}, "ignore holds 're:(', not a regular expression"),
     ],
 )

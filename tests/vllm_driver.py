@@ -1,11 +1,13 @@
 """Runs vLLM engines in a process of its own, for test_vllm_*.py: a job per line of stdin, a result per line of stdout.
 
 A job is {"model": folder, "llm": arguments of `LLM`, "prompts": token ids, "sampling": arguments of `SamplingParams`,
-"triton": whether the CPU runs the Triton kernel, "reload": whether to load the weights a second time}.
+"triton": whether the CPU runs the Triton kernel, "reload": whether to load the weights a second time, "lora": folder of
+an adapter for all prompts, "tie_by_weight": whether models tie their head as many did before vLLM 0.32}.
 
-A result is {"token_ids", "logprobs", "prompt_logprobs", "layers" (see `describe_layers`), "triton_calls"} and, with
-tensor parallelism, "ranks" (the layers of every rank); or {"error": messages of the exception and its causes}. What
-vLLM prints goes to stderr.
+A result is {"token_ids", "logprobs", "prompt_logprobs", "layers" (see `describe_layers`), "triton_calls",
+"swiglu_calls"} and, with tensor parallelism, "ranks" (the layers of every rank), after a reload "same_memory" (whether
+every weight stayed where it was); or {"error": messages of the exception and its causes}. What vLLM prints goes to
+stderr.
 """
 
 import gc
@@ -14,6 +16,8 @@ import importlib
 import json
 import os
 import sys
+from contextlib import contextmanager, nullcontext
+from unittest.mock import patch
 
 import torch
 
@@ -44,20 +48,31 @@ def _messages(error: BaseException | None) -> list[str]:
 
 def _run(job: dict) -> dict:
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
-    library = _use_triton() if job.get("triton") else None
-    llm = LLM(job["model"], **job["llm"])
+    from rowint8.kernels import cpu
+
+    triton = _use_triton() if job.get("triton") else None
+    swiglu = _Counted("swiglu", cpu.swiglu)
+    with _tying_by_weight() if job.get("tie_by_weight") else nullcontext():
+        llm = LLM(job["model"], **job["llm"])
+    result = {}
     if job.get("reload"):
+        before = llm.apply_model(weight_addresses)
         llm.collective_rpc("reload_weights")
+        result["same_memory"] = llm.apply_model(weight_addresses) == before
     sampling = SamplingParams(**job.get("sampling", {}))
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in job.get("prompts", [])], sampling)
+    lora = LoRARequest("adapter", 1, job["lora"]) if job.get("lora") else None
+    prompts = [{"prompt_token_ids": ids} for ids in job.get("prompts", [])]
+    outputs = llm.generate(prompts, sampling, lora_request=lora)
     ranks = llm.apply_model(importlib.import_module("vllm_driver").describe_layers)  # by a name that workers can import
-    result = {
+    result |= {
         "token_ids": [list(output.outputs[0].token_ids) for output in outputs],
         "logprobs": [_numbers(output.outputs[0].logprobs) for output in outputs],
         "prompt_logprobs": [_numbers(output.prompt_logprobs) for output in outputs],
         "layers": ranks[0],
-        "triton_calls": library.calls if library else 0,
+        "triton_calls": triton.calls if triton else 0,
+        "swiglu_calls": swiglu.calls,
     }
     if len(ranks) > 1:
         result["ranks"] = ranks
@@ -71,8 +86,9 @@ def _numbers(positions) -> list[dict[int, float]]:
 
 
 def describe_layers(model: torch.nn.Module) -> dict[str, dict]:
-    """For each vLLM linear layer, the method, and dtype, shape and SHA-256 of every parameter."""
+    """For each linear or vocabulary layer, the method, and dtype, shape and SHA-256 of every parameter."""
     from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     return {
         name: {
@@ -80,8 +96,12 @@ def describe_layers(model: torch.nn.Module) -> dict[str, dict]:
             **{key: _describe(value) for key, value in layer.named_parameters(recurse=False)},
         }
         for name, layer in model.named_modules()
-        if isinstance(layer, LinearBase)
+        if isinstance(layer, (LinearBase, VocabParallelEmbedding))
     }
+
+
+def weight_addresses(model: torch.nn.Module) -> dict[str, int]:
+    return {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
 
 
 def _describe(tensor: torch.Tensor) -> list:
@@ -89,23 +109,42 @@ def _describe(tensor: torch.Tensor) -> list:
     return [str(tensor.dtype), list(tensor.shape), digest]
 
 
-class _use_triton:
-    """Makes the CPU run the Triton launcher for `rowint8::linear` (needs TRITON_INTERPRET=1) and counts its calls."""
+class _Counted:
+    """Makes the CPU run `launch` for an operator of rowint8, and counts its calls."""
 
-    def __init__(self) -> None:
+    def __init__(self, operator: str, launch) -> None:
         from rowint8.kernels import ops  # noqa: F401 (defines the operator)
-        from rowint8.kernels.int8_linear import int8_linear
 
         self.calls = 0
         self.library = torch.library.Library("rowint8", "IMPL")
-        self.library.impl("linear", self._counted(int8_linear), "CPU", allow_override=True)
+        self.library.impl(operator, self._counted(launch), "CPU", allow_override=True)
 
     def _counted(self, launch):
-        def linear(x, values, scale, bias=None):
+        def run(*args):
             self.calls += 1
-            return launch(x, values, scale, bias)
+            return launch(*args)
 
-        return linear
+        return run
+
+
+def _use_triton() -> _Counted:
+    """`rowint8::linear` through its Triton launcher (needs TRITON_INTERPRET=1)."""
+    from rowint8.kernels.int8_linear import int8_linear
+
+    return _Counted("linear", int8_linear)
+
+
+@contextmanager
+def _tying_by_weight():
+    """Models share the embedding's parameter with the head, where vLLM 0.32 would call `tie_weights`."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    def tie_weights(head, embed_tokens):
+        head.weight = embed_tokens.weight
+        return head
+
+    with patch.object(ParallelLMHead, "tie_weights", tie_weights):
+        yield
 
 
 if __name__ == "__main__":

@@ -14,8 +14,14 @@ Options:
     ignore: layers to leave unquantized: full names as in the checkpoint ("model.layers.0.mlp.down_proj") or "re:" and
         a regular expression that matches from the start of the name. The parts of a merged layer (q, k and v; gate and
         up) must be ignored together.
+    lm_head: whether the language model head is INT8 too, and with it the embedding where the two are tied (default
+        false: the head's rounding error reaches the logits unattenuated, and the other methods of vLLM leave it alone
+        too). It saves half of the head's bytes, which counts in small models with a large vocabulary.
+    fuse_swiglu: whether gate, up, SiLU and product become one kernel in compiled models (default true; see
+        `swiglu_fusion`).
 
-The language model head, embeddings and the experts of mixture-of-experts layers stay unquantized.
+Embeddings that are not the head, and the experts of mixture-of-experts layers, stay unquantized. So does a head that
+vLLM computes in a dtype of its own (`head_dtype`), and the embedding of a pooling model.
 """
 
 import re
@@ -23,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
@@ -30,16 +37,25 @@ from rowint8.kernels.ops import ACTIVATION_DTYPES
 
 logger = init_logger(f"vllm.{__name__}")
 
-_OPTIONS = ("quant_method", "serialized", "ignore")
+_FLAGS = {"serialized": True, "lm_head": False, "fuse_swiglu": True}
+_OPTIONS = ("quant_method", "serialized", "ignore", "lm_head", "fuse_swiglu")
 
 
 class RowInt8Config(QuantizationConfig):
     """INT8 weights with one fp16 scale per output row, for every linear layer that `ignore` does not name."""
 
-    def __init__(self, serialized: bool = False, ignore: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        serialized: bool = False,
+        ignore: list[str] | None = None,
+        lm_head: bool = _FLAGS["lm_head"],
+        fuse_swiglu: bool = _FLAGS["fuse_swiglu"],
+    ) -> None:
         super().__init__()
         self.serialized = serialized
         self.ignore = ignore or []
+        self.lm_head = lm_head
+        self.fuse_swiglu = fuse_swiglu
 
     def get_name(self) -> Any:
         return "rowint8"
@@ -58,17 +74,22 @@ class RowInt8Config(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "RowInt8Config":
-        """Reads `quantization_config`; ValueError for an unknown option or a value of the wrong type."""
+        """Reads `quantization_config`; ValueError for an unknown option, a wrong value, or two that contradict."""
         unknown = sorted(set(config) - set(_OPTIONS))
         if unknown:
             raise ValueError(f"rowint8: unknown option {', '.join(unknown)}; accepted are {', '.join(_OPTIONS)}")
-        serialized, ignore = config.get("serialized", True), config.get("ignore", [])
-        if not isinstance(serialized, bool):
-            raise ValueError(f"rowint8: serialized must be true or false, got {serialized!r}")
+        flags = {name: config.get(name, default) for name, default in _FLAGS.items()}
+        for name, value in flags.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"rowint8: {name} must be true or false, got {value!r}")
+        ignore = config.get("ignore", [])
         if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
             raise ValueError(f'rowint8: ignore must be a list of names or "re:" patterns, got {ignore!r}')
         _compile_patterns(ignore)
-        return cls(serialized, ignore)
+        ignores_head = [name for name in ignore if _names_head(name)]
+        if flags["lm_head"] and ignores_head:
+            raise ValueError(f'rowint8: lm_head is true, but ignore holds {ignores_head[0]!r}; set "lm_head": false')
+        return cls(ignore=ignore, **flags)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Turns full checkpoint names into vLLM's; patterns are the user's to write."""
@@ -81,16 +102,35 @@ class RowInt8Config(QuantizationConfig):
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
         from rowint8.vllm_plugin.linear import RowInt8LinearMethod
 
         if isinstance(layer, RoutedExperts):
             logger.warning_once("rowint8 quantizes dense layers only: the experts of this model stay unquantized")
+        if isinstance(layer, VocabParallelEmbedding):
+            return self._get_vocab_method(layer, prefix)
         if not isinstance(layer, LinearBase):
             return None
         if should_ignore_layer(prefix, ignore=self.ignore, fused_mapping=self.packed_modules_mapping):
             return UnquantizedLinearMethod()
-        return RowInt8LinearMethod(prefix, self.serialized)
+        return RowInt8LinearMethod(prefix, self.serialized, self.fuse_swiglu)
+
+    def _get_vocab_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+        from rowint8.vllm_plugin.lm_head import RowInt8VocabMethod, TiedHeadMethod
+
+        model = get_current_vllm_config().model_config
+        tied = getattr(model.hf_text_config, "tie_word_embeddings", False)
+        is_head = isinstance(layer, ParallelLMHead)
+        of_full_size = (layer.org_vocab_size, layer.embedding_dim) == (model.get_vocab_size(), model.get_hidden_size())
+        computed_in_its_dtype = model.runner_type != "pooling" and model.head_dtype == model.dtype
+        if not (self.lm_head and of_full_size and computed_in_its_dtype and (is_head or tied)):
+            return None
+        if is_head and tied:
+            return TiedHeadMethod()
+        return RowInt8VocabMethod(prefix or "embed_tokens", self.serialized)
 
 
 def _compile_patterns(ignore: list[str]) -> None:
@@ -99,3 +139,10 @@ def _compile_patterns(ignore: list[str]) -> None:
             re.compile(name.removeprefix("re:"))
         except re.error as error:
             raise ValueError(f"rowint8: ignore holds {name!r}, not a regular expression: {error}") from error
+
+
+def _names_head(name: str) -> bool:
+    """Whether an entry of `ignore` covers the language model head."""
+    if name.startswith("re:"):
+        return re.match(name.removeprefix("re:"), "lm_head") is not None
+    return name.split(".")[-1] == "lm_head"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tp_group
-from vllm.model_executor.layers.linear import LinearMethodBase
+from vllm.model_executor.layers.linear import LinearMethodBase, MergedColumnParallelLinear
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
 from vllm.model_executor.utils import replace_parameter
@@ -27,6 +27,7 @@ from vllm.model_executor.utils import replace_parameter
 from rowint8.kernels import ops
 from rowint8.kernels.quantize import Int8Weight, quantize_rowwise
 from rowint8.vllm_plugin.loading import guarded_loader, refuse_incomplete
+from rowint8.vllm_plugin.swiglu_fusion import expect_gate_up
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _HINT_ONLINE = 'an INT8 checkpoint needs "quantization_config": {"quant_method": "rowint8"} in its config.json'
@@ -38,14 +39,16 @@ _HINT_SERIALIZED = 'to quantize while loading, set "serialized": false in quanti
 class RowInt8LinearMethod(LinearMethodBase):
     """Weights of one linear layer: quantized while loading, or read as INT8 where `serialized`.
 
-    vLLM makes one instance per layer. `prefix` is the layer's name, for messages.
+    vLLM makes one instance per layer. `prefix` is the layer's name, for messages; `fuse_swiglu` whether the pass of
+    `swiglu_fusion` may take a gate_up layer together with what follows it.
     """
 
     uses_meta_device = True
 
-    def __init__(self, prefix: str, serialized: bool) -> None:
+    def __init__(self, prefix: str, serialized: bool, fuse_swiglu: bool = False) -> None:
         self.prefix = prefix
         self.serialized = serialized
+        self.fuse_swiglu = fuse_swiglu
         self.k_is_split = False
         self.dummy = get_current_vllm_config().load_config.load_format == "dummy"
 
@@ -61,6 +64,8 @@ class RowInt8LinearMethod(LinearMethodBase):
     ) -> None:
         """Registers `weight` [N, K], and `weight_scale` [N] where serialized, on the meta device."""
         self.k_is_split = input_size_per_partition != input_size
+        if self.fuse_swiglu and _is_gate_up(layer, output_partition_sizes):
+            expect_gate_up()
         rows = sum(output_partition_sizes)
         dtypes, hint = ((torch.int8,), _HINT_SERIALIZED) if self.serialized else (_FLOATS, _HINT_ONLINE)
         load = partial(guarded_loader, extra_weight_attrs["weight_loader"], layer)
@@ -122,6 +127,15 @@ class RowInt8LinearMethod(LinearMethodBase):
         absmax = _absmax_over_ranks(weight)[:, None]
         values, scale = quantize_rowwise(torch.cat([weight, absmax], dim=1), name=name)
         return Int8Weight(values[:, :-1].contiguous(), scale)
+
+
+def _is_gate_up(layer: Any, output_partition_sizes: list[int]) -> bool:
+    """Whether two layers of one size were merged, as gate and up are."""
+    return (
+        isinstance(layer, MergedColumnParallelLinear)
+        and len(output_partition_sizes) == 2
+        and output_partition_sizes[0] == output_partition_sizes[1]
+    )
 
 
 def _absmax_over_ranks(weight: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.meta import CopyCounter
 
 
@@ -21,7 +22,7 @@ def guarded_loader(load: Callable, layer: nn.Module, name: str, dtypes: tuple[to
 
     Args:
         load: (param, loaded_weight, shard id or nothing).
-        layer: the linear layer that the parameter belongs to.
+        layer: the linear or vocabulary layer that the parameter belongs to.
         name: of the parameter, for messages.
         dtypes: accepted in the checkpoint.
         hint: what to do about another dtype.
@@ -50,8 +51,10 @@ def guarded_loader(load: Callable, layer: nn.Module, name: str, dtypes: tuple[to
 def _checkpoint_shape(layer: Any, param: Tensor, shard: Any = None) -> list[int] | None:
     """Shape in the checkpoint of the part `shard` of a merged layer, or of the whole parameter without one.
 
-    None under tensor parallelism, where vLLM replicates and splits parts by rules of each layer class.
+    None for linear layers under tensor parallelism, where vLLM replicates and splits parts by rules of each class.
     """
+    if isinstance(layer, VocabParallelEmbedding):
+        return [layer.org_vocab_size, *param.shape[1:]]
     if layer.tp_size > 1:
         return None
     rows = param.shape[0]
@@ -67,12 +70,12 @@ def _checkpoint_shape(layer: Any, param: Tensor, shard: Any = None) -> list[int]
 
 
 def refuse_incomplete(layer: nn.Module, prefix: str) -> None:
-    """ValueError unless the checkpoint filled every parameter of the layer."""
+    """ValueError unless the checkpoint filled every parameter of the layer, up to the padding of a vocabulary."""
     for name, param in layer.named_parameters(recurse=False):
         parts = getattr(param, "loaded_parts", {})
-        if sum(parts.values()) < param.numel():
+        expected = getattr(param, "weight_loader_numel", param.numel())
+        if sum(parts.values()) < expected:
             found = ", ".join(str(*shard) for shard in parts) or "nothing"
             raise ValueError(
-                f"{prefix}.{name}: the checkpoint fills {sum(parts.values())} of its {param.numel()} numbers "
-                f"(found {found})"
+                f"{prefix}.{name}: the checkpoint fills {sum(parts.values())} of its {expected} numbers (found {found})"
             )

@@ -1,0 +1,137 @@
+"""What the tests of the vLLM plugin share: engines in processes of their own, tiny models, and what they should say."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from rowint8.kernels.quantize import dequantize, quantize_rowwise
+
+ENV = {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+}
+LLM = {"enforce_eager": True, "max_model_len": 128, "max_num_seqs": 8, "dtype": "float32"}
+TINY = {**LLM, "skip_tokenizer_init": True}
+SAMPLING = {"temperature": 0.0, "max_tokens": 16, "logprobs": 3, "prompt_logprobs": 3, "ignore_eos": True}
+PROMPTS = [[1, 5, 9, 23, 77, 30], [4, 100, 3], [90]]
+
+
+def options(**chosen) -> dict:
+    """`LLM` arguments for quantizing a tiny model while it loads, with these options."""
+    config = {"quant_method": "rowint8", "serialized": False, **chosen}
+    return {**TINY, "hf_overrides": {"quantization_config": config}}
+
+
+class Driver:
+    """A process that runs one engine after another (see vllm_driver.py). `env` is added to its environment."""
+
+    def __init__(self, log: Path, **env: str) -> None:
+        plain = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        self.log = log
+        self.process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("vllm_driver.py")],
+            env=plain | ENV | env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("w"),
+            text=True,
+        )
+
+    def run(self, model: Path, prompts=PROMPTS, sampling=SAMPLING, llm=TINY, **job) -> dict:
+        llm = {"quantization": "rowint8", **llm}
+        job |= {"model": str(model), "prompts": prompts, "sampling": sampling, "llm": llm}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert line, f"the driver died: {self.log.read_text()[-3000:]}"
+        return json.loads(line)
+
+    def works(self, model: Path, **job) -> dict:
+        result = self.run(model, **job)
+        assert "error" not in result, result["error"]
+        return result
+
+    def fails(self, model: Path, **job) -> str:
+        return self.run(model, **job)["error"]
+
+    def stop(self) -> None:
+        self.process.communicate(timeout=60)
+
+
+def make_tiny(folder: Path, config_class=LlamaConfig, **options) -> Path:
+    """A random fp32 model of two layers with GQA and, where the architecture has them, non-zero biases."""
+    shape = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "vocab_size": 128}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
+    torch.manual_seed(0)
+    untied = {"initializer_range": 0.2, "tie_word_embeddings": False}
+    config = config_class(**shape | heads | untied | options)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder)
+    return folder
+
+
+def edited_copy(source: Path, folder: Path, edit) -> Path:
+    """A copy of a checkpoint whose tensors went through `edit(dict)` in place."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def prequantized(source: Path, folder: Path, edit=lambda tensors: None, also: tuple[str, ...] = ()) -> Path:
+    """A rowint8 checkpoint of `source`, the weights `also` quantized too, its tensors then changed by `edit`."""
+
+    def quantize(tensors):
+        for name in [*also, *(name for name in tensors if name.endswith("_proj.weight"))]:
+            tensors[name], tensors[f"{name}_scale"] = quantize_rowwise(tensors[name])
+        edit(tensors)
+
+    edited_copy(source, folder, quantize)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "rowint8"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def oracle(folder: Path, lm_head: bool = False):
+    """The transformers model in fp32, the weight of every linear layer (and of the head) rounded to INT8 and back."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and (lm_head or name != "lm_head"):
+            module.weight.data = dequantize(quantize_rowwise(module.weight.data))
+    return model
+
+
+def assert_follows(result: dict, prompts: list[list[int]], logits) -> None:
+    """Greedy tokens and every reported logprob are those of `logits(token ids [1, T]) -> [1, T, vocabulary]`."""
+    rows = zip(prompts, result["token_ids"], result["prompt_logprobs"], result["logprobs"], strict=True)
+    for prompt, tokens, prompt_logprobs, logprobs in rows:
+        with torch.inference_mode():
+            expected = logits(torch.tensor([prompt + tokens[:-1]]))[0].log_softmax(-1)
+        assert tokens == expected[len(prompt) - 1 :].argmax(-1).tolist()
+        assert len(logprobs) == len(tokens)
+        reported = prompt_logprobs + logprobs
+        for row, position in zip(expected[-len(reported) :], reported, strict=True):
+            assert position == pytest.approx({token: float(row[int(token)]) for token in position}, abs=2e-4)
+
+
+def assert_close(logprobs: list, expected: list) -> None:
+    for ours, theirs in zip(logprobs, expected, strict=True):
+        for position, reference in zip(ours, theirs, strict=True):
+            assert position == pytest.approx(reference, abs=2e-4)

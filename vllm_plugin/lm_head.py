@@ -1,0 +1,56 @@
+"""The language model head in INT8, and the embedding too where the two are tied: one copy of [vocabulary, K] for both.
+
+A row is a token: the head multiplies by all of them (`rowint8::linear`), the embedding gathers and scales some.
+vLLM ties in two ways, by model and version: `lm_head = lm_head.tie_weights(embed_tokens)` makes them one module, and
+`lm_head.weight = embed_tokens.weight` shares a parameter that is not loaded yet. Both end with one pair of tensors (see
+`TiedHeadMethod`).
+"""
+
+from typing import Any
+from weakref import ref
+
+from torch import Tensor
+from torch.nn.functional import embedding
+from vllm.model_executor.layers.linear import LinearMethodBase
+
+from rowint8.kernels import ops
+from rowint8.vllm_plugin.linear import RowInt8LinearMethod
+
+
+class RowInt8VocabMethod(RowInt8LinearMethod):
+    """A head, or an embedding that is also the head."""
+
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+        """As for a linear layer; vLLM's padding of the vocabulary is no part of the checkpoint."""
+        super().create_weights(layer, *args, **kwargs)
+        indices = layer.shard_indices
+        rows = indices.org_vocab_end_index - indices.org_vocab_start_index
+        for parameter in layer.parameters(recurse=False):
+            parameter.weight_loader_numel = rows * parameter[:1].numel()
+        layer.weight.vocab_layer = ref(layer)
+
+    def embedding(self, layer: Any, input_: Tensor) -> Tensor:
+        """int64 token ids [...] -> [..., K] in the layer's dtype, each row scaled in fp32 and rounded once."""
+        values = embedding(input_, layer.weight).float()
+        return (values * embedding(input_, layer.weight_scale[:, None]).float()).to(layer.params_dtype)
+
+
+class TiedHeadMethod(LinearMethodBase):
+    """A head whose weights are those of the embedding; it has none of its own."""
+
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+        """Registers nothing: the checkpoint fills the embedding."""
+
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
+        """The embedding's module itself becomes the head."""
+        return embed_tokens
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Shares the embedding's tensors, where the model shared its parameter before it was quantized."""
+        embed_tokens = layer.weight.vocab_layer()
+        layer.register_parameter("weight", embed_tokens.weight)
+        layer.register_parameter("weight_scale", embed_tokens.weight_scale)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[..., K] -> [..., vocabulary] in x's dtype."""
+        return ops.linear(x, layer.weight, layer.weight_scale, bias)

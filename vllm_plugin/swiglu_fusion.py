@@ -1,0 +1,109 @@
+"""Gate, up, SiLU and product as one kernel: an Inductor pass that vLLM runs after its own passes.
+
+    gate_up = rowint8::linear(x, values, scale)            [..., 2I]
+    out = silu(gate_up[..., :I]) * gate_up[..., I:]        [..., I]
+
+becomes `rowint8::swiglu(x, values, scale)`, in which gate and up stay in fp32 until their product. vLLM stacks gate
+rows over up rows in the merged weight, on every tensor-parallel rank, as the operator wants them.
+
+The pass only ever replaces exactly this. Another activation, a bias, LoRA (which adds to `gate_up`), or a second use of
+`gate_up` do not match, and stay as they are. Without compilation (`enforce_eager`) no pass runs.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._higher_order_ops.auto_functionalize import auto_functionalized
+from torch._inductor.pattern_matcher import PatternMatcherPass, fwd_only, register_replacement
+from vllm.compilation.passes.inductor_pass import InductorPass, enable_fake_mode
+from vllm.config import CompilationMode, get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from rowint8.kernels import ops
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+def expect_gate_up() -> None:
+    """Announces a merged gate and up layer of the model being built; the first one installs the pass for the model."""
+    config = get_current_vllm_config()
+    passes = config.compilation_config.inductor_compile_config
+    installed = passes.get(current_platform.pass_key)
+    if isinstance(installed, SwigluFusion):
+        installed.expected += 1
+        return
+    obstacle = _obstacle(config, installed)
+    if obstacle:
+        logger.info_once(f"rowint8: SwiGLU is not fused: {obstacle}")
+    else:
+        passes[current_platform.pass_key] = SwigluFusion(config.model_config.dtype)
+
+
+def _obstacle(config: Any, installed: Any) -> str | None:
+    """Why no pass can be installed in this model's compilation, if so."""
+    if config.compilation_config.mode == CompilationMode.NONE:
+        return "the model is not compiled"
+    if config.lora_config is not None:
+        return "LoRA adds to its inputs"
+    if installed is not None:
+        return f"{current_platform.pass_key} is taken by {installed!r}"
+    return None
+
+
+class SwigluFusion(InductorPass):
+    """The pass. vLLM copies it for every model that it compiles, and puts its `uuid` into the compile cache's key.
+
+    Args:
+        dtype: of the activations.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.expected = 1
+        self.reported = False
+
+    def __call__(self, graph: fx.Graph) -> None:
+        fused = _patterns(self.dtype).apply(graph)
+        if fused and not self.reported:
+            # on GPUs vLLM splits a model at its attention, and compiles pieces that are alike once
+            text = "rowint8: fused SwiGLU in %d of the %d gate_up layers; layers that are alike share a compiled graph"
+            logger.info(text, fused, self.expected)
+            self.reported = True
+
+    def uuid(self) -> str:
+        return self.hash_source(type(self), swiglu_by_torch, swiglu_by_vllm, str(self.dtype))
+
+
+def swiglu_by_torch(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    """What `SiluAndMul` compiles to by default."""
+    gate_up = ops.linear(x, values, scale)
+    half = gate_up.shape[-1] // 2
+    return torch.nn.functional.silu(gate_up[..., :half]) * gate_up[..., half:]
+
+
+def swiglu_by_vllm(x: Tensor, values: Tensor, scale: Tensor, out: Tensor) -> Any:
+    """What `SiluAndMul` compiles to with `+silu_and_mul` among the compilation config's `custom_ops`."""
+    silu_and_mul = torch.ops._C.silu_and_mul.default
+    names = [argument.name for argument in silu_and_mul._schema.arguments]
+    arguments = dict(zip(names, (out, ops.linear(x, values, scale)), strict=True))
+    return auto_functionalized(silu_and_mul, **arguments)[1]
+
+
+@cache
+@enable_fake_mode
+def _patterns(dtype: torch.dtype) -> PatternMatcherPass:
+    """Both patterns for activations of `dtype`; they match every size."""
+    patterns: Any = PatternMatcherPass("rowint8_swiglu")
+    x, values, scale = torch.empty(3, 8, dtype=dtype), torch.empty(12, 8, dtype=torch.int8), torch.empty(12).half()
+    register_replacement(swiglu_by_torch, ops.swiglu, [x, values, scale], fwd_only, patterns)
+    if hasattr(torch.ops._C, "silu_and_mul"):
+        out = torch.empty(3, 6, dtype=dtype)
+
+        def replacement(x: Tensor, values: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+            return ops.swiglu(x, values, scale)
+
+        register_replacement(swiglu_by_vllm, replacement, [x, values, scale, out], fwd_only, patterns)
+    return patterns
