@@ -1,10 +1,11 @@
-"""Safetensors into a model, one tensor at a time, quantized on the way. Nothing is ever unpickled.
+"""Safetensors into a model, one tensor at a time, quantized on the way or already INT8. Nothing is ever unpickled.
 
 The model's weights are allocated once, in their final format. Each checkpoint tensor is mapped from its file, copied or
 quantized into its place, and unmapped: beyond the final weights, loading holds one tensor.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from rowint8.baseline_engine.config import ModelConfig
 from rowint8.baseline_engine.errors import EngineError
-from rowint8.baseline_engine.layers import Slot, WeightFormat
+from rowint8.baseline_engine.layers import Int8Linear, Slot, WeightFormat, copy_slot
 from rowint8.baseline_engine.model import LlamaModel
 
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
@@ -24,6 +25,30 @@ HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _FLOAT_DTYPES = ("F32", "BF16", "F16")
+_INT8_DTYPES, _SCALE_DTYPES = ("I8",), ("F16",)
+
+
+class StoredInt8Linear(Int8Linear):
+    """INT8 rows that the checkpoint already holds: `<name>.weight` int8 [N, K] and `<name>.weight_scale` fp16 [N]."""
+
+    def slots(self, parts: dict[str, int]) -> dict[str, Slot]:
+        slots, start = super().slots(parts), 0
+        for name, size in parts.items():
+            rows = slice(start, start + size)
+            start += size
+            slots[f"{name}.weight"] = Slot((size, self.in_features), partial(self._copy_rows, rows))
+            slots[f"{name}.weight_scale"] = copy_slot(self.scale[rows], f"{name}.weight_scale")
+        return slots
+
+    def _copy_rows(self, rows: slice, values: Tensor) -> None:
+        self.values[rows] = values
+
+
+class StoredInt8Format(WeightFormat):
+    """The format of a rowint8 checkpoint, whose linear layers are all INT8."""
+
+    def linear(self, in_features: int, out_features: int, bias: bool) -> StoredInt8Linear:
+        return StoredInt8Linear(in_features, out_features, bias, self.dtype, self.device)
 
 
 def resolve_folder(model: str) -> Path:
@@ -51,9 +76,14 @@ def load_model(folder: Path, config: ModelConfig, form: WeightFormat, *, progres
 
     Raises:
         EngineError: a shard or tensor is missing, unknown, truncated, of the wrong shape or dtype, or holds NaN or Inf.
-            Names, shapes and dtypes are checked before the first weight is read.
+            Names, shapes and dtypes are checked before the first weight is read. Or the checkpoint is INT8 and `form`
+            is not.
     """
-    shards = {path: _read_header(path) for path in _shard_paths(folder)}
+    if config.int8_checkpoint:
+        if not form.int8:
+            raise EngineError(f"{folder} holds INT8 weights; give --quantization rowint8 to run it")
+        form = StoredInt8Format(**vars(form))
+    shards = {path: read_header(path) for path in shard_paths(folder)}
     model = LlamaModel(config, form)
     slots = model.slots()
     _check_headers(shards, slots, tied=config.tie_word_embeddings)
@@ -73,18 +103,19 @@ def load_model(folder: Path, config: ModelConfig, form: WeightFormat, *, progres
 
 def _load_tensor(path: Path, name: str, slot: Slot, device: torch.device) -> None:
     try:
-        slot.load(_read_tensor(path, name, device))
+        slot.load(read_tensor(path, name, device))
     except (ValueError, SafetensorError, OSError) as error:
         raise EngineError(f"{path}: {error}") from error
 
 
-def _read_tensor(path: Path, name: str, device: torch.device) -> Tensor:
+def read_tensor(path: Path, name: str, device: torch.device) -> Tensor:
     """Opens the file anew for each tensor: a file kept open keeps every page read so far in this process's memory."""
     with safe_open(path, framework="pt", device=str(device)) as shard:
         return shard.get_tensor(name)
 
 
-def _shard_paths(folder: Path) -> list[Path]:
+def shard_paths(folder: Path) -> list[Path]:
+    """The folder's safetensors, by its index where it has one; EngineError where one is missing."""
     index = folder / _INDEX
     if not index.exists():
         if (folder / _SINGLE).exists():
@@ -105,7 +136,7 @@ def _shard_paths(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Name -> (shape, safetensors dtype) of every tensor in the file; no weight is read."""
     try:
         with safe_open(path, framework="pt") as shard:
@@ -116,7 +147,7 @@ def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def _check_headers(shards: dict[Path, dict], slots: dict[str, Slot], *, tied: bool) -> None:
-    """Every slot has a tensor of its shape and a floating dtype, and every tensor a slot."""
+    """Every slot has a tensor of its shape and dtype, and every tensor a slot."""
     for path, header in shards.items():
         for name, (shape, dtype) in header.items():
             if name not in slots:
@@ -124,12 +155,19 @@ def _check_headers(shards: dict[Path, dict], slots: dict[str, Slot], *, tied: bo
             elif shape != slots[name].shape:
                 expected = list(slots[name].shape)
                 raise EngineError(f"{path}: {name} has shape {list(shape)}; config.json asks for {expected}")
-            elif dtype not in _FLOAT_DTYPES:
-                raise EngineError(f"{path}: {name} is {dtype}; accepted are {', '.join(_FLOAT_DTYPES)}")
+            elif dtype not in (accepted := _accepted_dtypes(name, slots)):
+                raise EngineError(f"{path}: {name} is {dtype}; accepted are {', '.join(accepted)}")
     missing = sorted(slots.keys() - {name for header in shards.values() for name in header})
     if missing:
         folder = next(iter(shards)).parent
         raise EngineError(f"{folder}: {missing[0]} is missing ({len(missing)} tensors in all); fetch the model again")
+
+
+def _accepted_dtypes(name: str, slots: dict[str, Slot]) -> tuple[str, ...]:
+    """A weight that has a scale beside it is INT8."""
+    if f"{name}_scale" in slots:
+        return _INT8_DTYPES
+    return _SCALE_DTYPES if name.endswith(".weight_scale") else _FLOAT_DTYPES
 
 
 def _check_ignorable(path: Path, name: str, tied: bool) -> None:

@@ -96,6 +96,8 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype
     """The dtype that the checkpoint names (fp32 when it names none)."""
+    int8_checkpoint: bool = False
+    """The checkpoint's linear weights are INT8 already (`rowint8 quantize`)."""
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":
@@ -132,6 +134,7 @@ class ModelConfig:
             tie_word_embeddings=hf.tie_word_embeddings,
             eos_token_ids=tuple(sorted({*_as_ids(hf.eos_token_id), *_as_ids(extra_eos)})),
             dtype=_stored_dtype(hf.dtype, folder),
+            int8_checkpoint=(raw.get("quantization_config") or {"serialized": False}).get("serialized", True),
         )
         config._check_heads(folder)
         return config
@@ -181,15 +184,27 @@ def _check_supported(raw: dict[str, Any], folder: Path) -> None:
             f"{path}: architecture {', '.join(map(str, architectures))}; the engine runs {ARCHITECTURE} only"
         )
     if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "an unnamed method")
-        raise EngineError(
-            f"{path}: the checkpoint is already quantized ({method}); give the fp32, bf16 or fp16 original"
-        )
+        _check_quantization(raw["quantization_config"], path)
     missing = [key for key in _REQUIRED if key not in raw]
     if missing:
         raise EngineError(f"{path}: missing {', '.join(missing)}")
     if raw.get("hidden_act", "silu") != "silu":
         raise EngineError(f"{path}: hidden_act {raw['hidden_act']!r}; the engine runs 'silu' only")
+
+
+def _check_quantization(quantization: dict[str, Any], path: Path) -> None:
+    """Raises EngineError unless it is what `rowint8 quantize` writes with every linear layer in INT8."""
+    method = quantization.get("quant_method", "an unnamed method")
+    if method != "rowint8":
+        raise EngineError(
+            f"{path}: the checkpoint is already quantized ({method}); give the fp32, bf16 or fp16 original"
+        )
+    options = {key: value for key, value in quantization.items() if key not in ("quant_method", "serialized") and value}
+    if options:
+        raise EngineError(
+            f"{path}: quantization_config has {options}; the engine runs rowint8 checkpoints whose linear layers are "
+            "all INT8, without further options; run this one in vLLM"
+        )
 
 
 def _rope_scaling(rope: dict[str, Any], folder: Path) -> RopeScaling | None:

@@ -4,6 +4,7 @@ import shlex
 import signal
 import sys
 import time
+from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Optional
@@ -15,7 +16,8 @@ from rowint8.eval.demo_model import DEFAULT_FOLDER, make_demo_model
 from rowint8.eval.errors import EvalError
 
 app = typer.Typer(
-    help="Measure INT8 row-wise weights in a small engine and in vLLM.\n\nExample: rowint8 demo",
+    help="Write INT8 checkpoints, and measure INT8 row-wise weights in a small engine and in vLLM.\n\n"
+    "Example: rowint8 demo",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,6 +34,15 @@ Dtype = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(help="Of the arithmetic: bfloat16, float16 or float32. Default: bfloat16 on a GPU, else float32."),
 ]
+
+
+class Format(str, Enum):
+    rowint8 = "rowint8"
+    compressed_tensors = "compressed-tensors"
+
+
+class Method(str, Enum):
+    rtn = "rtn"
 
 
 def _print_version(wanted: bool) -> None:
@@ -126,6 +137,85 @@ def quality(
 
 
 @app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A folder with safetensors in fp32, bf16 or fp16, or a hub name.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
+    form: Annotated[
+        Format,
+        typer.Option(
+            "--format", help="rowint8: for this plugin and the small engine; compressed-tensors: for vLLM without it."
+        ),
+    ] = Format.rowint8,
+    ignore: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help='A layer to leave as it is: its full name, or "re:" and a pattern. Repeat for more.'),
+    ] = None,
+    method: Annotated[Method, typer.Option(help="rtn: round to nearest, no calibration.")] = Method.rtn,
+) -> None:
+    """Write a checkpoint whose linear layers are INT8, one file of the source at a time.
+
+    Example: rowint8 quantize models/smollm2-135m-instruct models/smollm2-rowint8
+    """
+    from rowint8.eval import quantize_checkpoint as job
+    from rowint8.eval.console import progress
+
+    job.refuse_existing(target)
+    source = job.open_source(job.source_folder(model))
+    ignored = job.ignored_layers(source.layers, ignore or ())
+    convert = job.round_to_nearest(source.layers - ignored)
+    with progress(err, "quantizing", source.num_tensors) as advance:
+        written = job.write_checkpoint(source, target, form.value, ignored, convert, advance)
+    out.print(
+        f"{target}: {written.int8_layers} linear layers in INT8, "
+        f"{written.source_bytes / 2**20:.0f} -> {written.written_bytes / 2**20:.0f} MiB",
+        highlight=False,
+    )
+
+
+@app.command()
+def fidelity(
+    text: Annotated[Path, typer.Option(help="A text file, or .jsonl with the fields page or text.")],
+    model: Annotated[Path, typer.Option(help="Folder of the unquantized model.")] = DEFAULT_FOLDER,
+    quantization: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="rowint8, rowint8+lm_head, bf16, int8-group32 or fp8-row. Repeat for more. Default: all."),
+    ] = None,
+    checkpoint: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(help="Also a checkpoint of `rowint8 quantize` made from the model. Repeat for more."),
+    ] = None,
+    ablate: Annotated[bool, typer.Option("--ablate", help="Also rowint8 in one kind of layer at a time.")] = False,
+    window: Annotated[int, typer.Option(min=2, help="Tokens the model sees at a time.")] = 1024,
+    windows: Annotated[int, typer.Option(min=1, help="Windows taken from the start of the text.")] = 10,
+    json_file: Json = None,
+) -> None:
+    """Measure how far rounded weights move the model: KL, same likeliest token and perplexity on a text.
+
+    Example: rowint8 fidelity --text book.txt --quantization rowint8 --quantization fp8-row --json fidelity.json
+    """
+    from rowint8.eval import fidelity as job
+    from rowint8.eval import fidelity_setups
+    from rowint8.eval.console import progress
+    from rowint8.eval.quantize_checkpoint import open_source
+
+    source = open_source(_existing(model))
+    names = quantization or fidelity_setups.QUANTIZATIONS
+    if unknown := [name for name in names if name not in fidelity_setups.QUANTIZATIONS]:
+        accepted = ", ".join(fidelity_setups.QUANTIZATIONS)
+        raise EvalError(f"--quantization has {', '.join(unknown)}; accepted are {accepted}")
+    setups = [fidelity_setups.rounded_setup(source, name) for name in names]
+    setups += [fidelity_setups.stored_setup(folder) for folder in checkpoint or ()]
+    setups += fidelity_setups.ablation_setups(source) if ablate else []
+    tokens = job.token_windows(model, job.read_text(text), window, windows)
+    with progress(err, "weights", len(setups) + 1) as advance:
+        measured = job.Fidelity(model, fidelity_setups.original(source), tokens)
+        advance()
+        rows = list(job.measure(measured, setups, text.name, advance))
+    out.print(job.fidelity_table(rows))
+    _write(json_file, rows)
+
+
+@app.command()
 def agreement(
     model: Annotated[Path, typer.Option(help="A model folder.")] = DEFAULT_FOLDER,
     dtype: Dtype = None,
@@ -147,11 +237,12 @@ def agreement(
 @bench.command("kernels")
 def bench_kernels(
     shapes: Annotated[Optional[str], typer.Option(help="Comma-separated: qkv, o, gate_up, down. Default: all.")] = None,  # noqa: UP045
+    peers: Annotated[bool, typer.Option(help="Also Marlin, Machete and gemlite, where they are installed.")] = False,
     json_file: Json = None,
 ) -> None:
     """Time the operators on a CUDA GPU beside cuBLAS in bf16, with Llama-3.1-8B's shapes and 1 to 8192 tokens.
 
-    Example: rowint8 bench kernels --shapes gate_up,o --json kernels.json
+    Example: rowint8 bench kernels --peers --shapes gate_up,o --json kernels.json
     """
     import torch
 
@@ -162,9 +253,20 @@ def bench_kernels(
     chosen = shapes.split(",") if shapes else list(job.SHAPES)
     if unknown := [shape for shape in chosen if shape not in job.SHAPES]:
         raise EvalError(f"--shapes has {', '.join(unknown)}; accepted are {', '.join(job.SHAPES)}")
+    rows = []
     with err.status("ceilings") as status:
         ceilings = job.measure_ceilings()
-        rows = list(job.bench(chosen, job.TOKENS, lambda shape: status.update(f"timing {shape}")))
+
+        def announce(message: str) -> None:
+            status.update(message)
+            if message.startswith("without"):
+                err.print(message)
+
+        for row in job.bench(chosen, job.TOKENS, announce, peers):
+            rows.append(row)
+            status.update(f"{row.op} {row.shape} M = {row.M}")
+            if json_file:
+                _save(json_file, rows, ceilings)  # an interrupted run keeps what it measured
     out.print(job.kernel_table(rows, ceilings))
     _write(json_file, rows, ceilings)
 
@@ -190,19 +292,23 @@ def _made_demo_model() -> Path:
 
 
 def _write(path: Path | None, rows, ceilings=None) -> None:
-    """Writes a result file whose command is this process's command line; nothing without a path.
+    """Writes a result file and says so; nothing without a path."""
+    if path is not None:
+        _save(path, rows, ceilings)
+        err.print(f"wrote {path}", highlight=False)
+
+
+def _save(path: Path, rows, ceilings=None) -> None:
+    """Writes a result file whose command is this process's command line.
 
     The file's own place is no part of the measurement: only its name is kept.
     """
-    if path is None:
-        return
     from rowint8.eval.environment import describe_environment
     from rowint8.eval.schema import Results, write_results
 
     command = shlex.join(["rowint8", *(path.name if part == str(path) else part for part in sys.argv[1:])])
     results = Results(environment=describe_environment(), command=command, rows=tuple(rows), ceilings=ceilings)
     write_results(path, results)
-    err.print(f"wrote {path}", highlight=False)
 
 
 def main() -> None:

@@ -122,6 +122,34 @@ class AgreementRow:
 
 
 @dataclass(frozen=True, kw_only=True, config=_CHECKED)
+class FidelityRow:
+    """How far one setup's next-token distributions are from the unquantized model's, over the same tokens."""
+
+    setup: Name
+    """What the weights are: "rowint8", "fp8-row", "only down_proj" (all others unquantized), a checkpoint's folder."""
+    text: Name
+    """Name of the text's file."""
+    window: Count
+    """Tokens the model sees at a time."""
+    dtype: Name
+    """Of the arithmetic."""
+    tokens: Count
+    """Predicted."""
+    perplexity: Positive
+    nll_difference: float
+    """Mean negative log-likelihood of the text's tokens less the unquantized model's, nats."""
+    nll_difference_stderr: NotNegative
+    """Of the mean of the paired differences; tokens count as independent."""
+    kl_mean: NotNegative
+    """KL divergence from the unquantized model, nats, as are the next three."""
+    kl_median: NotNegative
+    kl_p99: NotNegative
+    kl_max: NotNegative
+    same_top1: Annotated[float, Field(ge=0, le=1)]
+    """Share of tokens at which both find the same token likeliest."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_CHECKED)
 class Ceilings:
     """What the card does at best, measured in the same run as the rows beside it."""
 
