@@ -1,5 +1,6 @@
 """Launches the Hopper kernel: descriptors for TMA, the grid, and the sum of the parts of a split K."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from rowint8.kernels.hopper import Config, hopper_kernel
-from rowint8.kernels.tiles import HopperTile
+from rowint8.kernels.tiles import HopperTile, hopper_processors
 
 _GLUON_DTYPE = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _ALIGNMENT = 16
@@ -61,7 +62,7 @@ def hopper_product(
     (M, K), N = tokens.shape, values.shape[0]
     out = torch.empty(M, N // 2 if fused else N, dtype=tokens.dtype, device=tokens.device)
     tiles_m, tiles_n = triton.cdiv(M, tile.block_m), triton.cdiv(N, 2 * tile.rows)
-    programs = min(tile.processors, tiles_m * tiles_n * tile.split)
+    programs = min(hopper_processors(tokens.device), tiles_m * tiles_n * tile.split)
     launch: dict[str, Any] = dict(num_warps=4)
     launch["config"] = Config(
         fused, bias is not None, tile.rows, tile.block_m, tile.block_k, tile.stages, tile.split, tile.group
@@ -90,18 +91,19 @@ def _weight_descriptor(values: Tensor, tile: HopperTile, fused: bool) -> TensorD
     """Blocks of `rows` rows; for SwiGLU eight gate rows and their eight up rows in turn, seen as [I / 8, 2, 8, K]."""
     if not fused:
         block = [tile.rows, tile.block_k]
-        return TensorDescriptor.from_tensor(values, block, _layout(block, gl.int8))
+        return TensorDescriptor.from_tensor(values, block, _layout(tuple(block), gl.int8))
     N, K = values.shape
     block = [tile.rows // 16, 2, 8, tile.block_k]
-    layout = _layout(block, gl.int8)
+    layout = _layout(tuple(block), gl.int8)
     return TensorDescriptor(values, [N // 16, 2, 8, K], [8 * K, N // 2 * K, K, 1], block, layout)
 
 
 def _token_descriptor(tokens: Tensor, tile: HopperTile) -> TensorDescriptor:
     block = [tile.block_m, tile.block_k]
-    layout = _layout(block, _GLUON_DTYPE[tokens.dtype])
+    layout = _layout(tuple(block), _GLUON_DTYPE[tokens.dtype])
     return TensorDescriptor.from_tensor(tokens, block, layout)
 
 
-def _layout(block: list[int], dtype: Any) -> Any:
-    return gl.NVMMASharedLayout.get_default_for(block, dtype)  # type: ignore[operator]  # a constexpr function
+@cache
+def _layout(block: tuple[int, ...], dtype: Any) -> Any:
+    return gl.NVMMASharedLayout.get_default_for(list(block), dtype)  # type: ignore[operator]  # a constexpr function

@@ -68,10 +68,10 @@ def pick_tile(op: str, m: int, n: int, k: int, itemsize: int, shared_memory: int
     """
     if m == 1:
         return _ONE_TOKEN["long" if k >= _LONG_K else "short"]
+    if op == "linear" and m <= 16 and _ONE_WAVE_N < n < WIDE_N:
+        return _fit(_FEW_TOKENS_MIDDLE_N, itemsize, shared_memory)
     for max_m, wide, narrow in _SWIGLU if op == "swiglu" else _LINEAR:
         if m <= max_m:
-            if op == "linear" and m <= 16 and _ONE_WAVE_N < n < WIDE_N:
-                return _fit(_FEW_TOKENS_MIDDLE_N, itemsize, shared_memory)
             return _fit(wide if n >= WIDE_N else narrow, itemsize, shared_memory)
     return _fit(_PREFILL, itemsize, shared_memory)
 
@@ -96,10 +96,13 @@ class HopperTile:
     block_k: int
     split: int = 1
     """Parts that K is cut into, for weights with too few rows to fill the card."""
-    processors: int = 132
-    stages: int = 4
     group: int = 8
     """Row blocks of the weight that run together, for reuse in L2."""
+
+    @property
+    def stages(self) -> int:
+        """Blocks of K in flight, as many as shared memory holds."""
+        return min(10, _HOPPER_RING_BYTES // (2 * (self.rows + self.block_m) * self.block_k))
 
 
 class _Cost(NamedTuple):
@@ -142,24 +145,20 @@ def pick_hopper_tile(op: str, m: int, n: int, k: int, processors: int) -> Hopper
         return None
     splits = _SPLITS if op == "linear" else (1,)
     candidates = [
-        replace(tile, split=split, processors=processors, stages=_hopper_stages(tile))
+        replace(tile, split=split)
         for tile in _HOPPER
         for split in splits
         if split * tile.block_k <= max(k, tile.block_k) and (tile.block_m <= 16) == (m <= 16)
     ]
-    return min(candidates, key=lambda tile: _hopper_us(tile, m, n, k), default=None)
+    return min(candidates, key=lambda tile: _hopper_us(tile, m, n, k, processors), default=None)
 
 
-def _hopper_us(tile: HopperTile, m: int, n: int, k: int) -> float:
-    cost = _HOPPER[HopperTile(tile.rows, tile.block_m, tile.block_k)]
+def _hopper_us(tile: HopperTile, m: int, n: int, k: int, processors: int) -> float:
+    cost = _HOPPER[replace(tile, split=1)]
     units = -(-m // tile.block_m) * -(-n // (2 * tile.rows)) * tile.split
-    waves = -(-units // tile.processors)
+    waves = -(-units // processors)
     per_wave = cost.k * k / tile.split / 1024 + cost.wave
     return waves * per_wave + cost.split * (tile.split > 1) + cost.fixed
-
-
-def _hopper_stages(tile: HopperTile) -> int:
-    return min(10, _HOPPER_RING_BYTES // (2 * (tile.rows + tile.block_m) * tile.block_k))
 
 
 @cache

@@ -129,9 +129,8 @@ def test_the_chosen_tile_fits(op, m, n, k, processors):
     assert ring <= SHARED_MEMORY - 4096
     assert tile.stages >= 3
     assert tile.split == 1 or (op == "linear" and tile.split * tile.block_k <= k)
-    assert tile.processors == processors
 
 
 def test_large_products_take_the_tile_with_the_most_reuse():
     tile = pick_hopper_tile("linear", 8192, 28672, 4096, 132)
-    assert tile == replace(HopperTile(64, 256, 64), stages=tile.stages)
+    assert tile == HopperTile(64, 256, 64)
