@@ -67,3 +67,27 @@ def poison_empty(monkeypatch):
         return out.fill_(float("nan")) if out.is_floating_point() else out
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    """A process that runs real vLLM engines."""
+    from tests.vllm_harness import Driver
+
+    driver = Driver(tmp_path_factory.mktemp("driver") / "log")
+    yield driver
+    driver.stop()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """Folder of a random model that vLLM loads in no time."""
+    from tests.vllm_harness import make_tiny
+
+    return make_tiny(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture(scope="module")
+def online(driver, tiny) -> dict:
+    """What vLLM says with `tiny`, quantized while loading."""
+    return driver.works(tiny)

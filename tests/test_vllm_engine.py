@@ -20,29 +20,12 @@ PARTS = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    driver = Driver(tmp_path_factory.mktemp("driver") / "log")
-    yield driver
-    driver.stop()
-
-
-@pytest.fixture(scope="module")
 def special_driver(tmp_path_factory):
     """For Triton's interpreter, and for two ranks on two cores."""
     log = tmp_path_factory.mktemp("special") / "log"
     driver = Driver(log, TRITON_INTERPRET="1", VLLM_CPU_OMP_THREADS_BIND="0|1")
     yield driver
     driver.stop()
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory.mktemp("tiny") / "llama")
-
-
-@pytest.fixture(scope="module")
-def online(driver, tiny) -> dict:
-    return driver.works(tiny)
 
 
 def digest(tensor: torch.Tensor) -> list:

@@ -25,13 +25,6 @@ HEAD = {True: "model.embed_tokens", False: "lm_head"}
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    driver = Driver(tmp_path_factory.mktemp("driver") / "log")
-    yield driver
-    driver.stop()
-
-
-@pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict:
     """Folders of a model with a tied head and of one without, by `tie_word_embeddings`."""
     folder = tmp_path_factory.mktemp("models")

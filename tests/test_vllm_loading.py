@@ -7,7 +7,6 @@ from transformers import Qwen2Config
 from tests.vllm_harness import (
     PROMPTS,
     TINY,
-    Driver,
     assert_follows,
     edited_copy,
     make_tiny,
@@ -18,23 +17,6 @@ from tests.vllm_harness import (
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    driver = Driver(tmp_path_factory.mktemp("driver") / "log")
-    yield driver
-    driver.stop()
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory.mktemp("tiny") / "llama")
-
-
-@pytest.fixture(scope="module")
-def online(driver, tiny) -> dict:
-    return driver.works(tiny)
 
 
 def test_prequantized_equals_online_bit_for_bit(driver, tiny, online, tmp_path):

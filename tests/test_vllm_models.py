@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import GemmaConfig, MistralConfig, Phi3Config, PhiConfig, Qwen3Config
 
-from tests.vllm_harness import PROMPTS, SAMPLING, TINY, Driver, assert_follows, make_tiny, oracle
+from tests.vllm_harness import PROMPTS, SAMPLING, TINY, assert_follows, make_tiny, oracle
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -15,13 +15,6 @@ pytestmark = pytest.mark.vllm
 WITHOUT_PROMPT = {**SAMPLING, "prompt_logprobs": None}  # which vLLM cannot compute with LoRA on the CPU
 RANK, ALPHA = 8, 16
 TARGETS = {"q_proj": (64, 64), "gate_proj": (160, 64), "down_proj": (64, 160)}
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    driver = Driver(tmp_path_factory.mktemp("driver") / "log")
-    yield driver
-    driver.stop()
 
 
 MODELS = {
