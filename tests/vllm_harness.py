@@ -70,7 +70,7 @@ class Driver:
         self.process.communicate(timeout=60)
 
 
-def make_tiny(folder: Path, config_class=LlamaConfig, **options) -> Path:
+def make_tiny(folder: Path, config_class=LlamaConfig, max_shard_size="50GB", **options) -> Path:
     """A random fp32 model of two layers with GQA and, where the architecture has them, non-zero biases."""
     shape = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "vocab_size": 128}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
@@ -81,7 +81,7 @@ def make_tiny(folder: Path, config_class=LlamaConfig, **options) -> Path:
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
 
 
