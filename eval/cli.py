@@ -1,6 +1,5 @@
 """The command `rowint8`. Heavy imports wait inside the commands, so that `--help` answers at once."""
 
-import shlex
 import signal
 import sys
 import time
@@ -10,8 +9,9 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
-from rich.console import Console
 
+from rowint8.eval.cli_bench import bench
+from rowint8.eval.cli_output import Json, err, out, write
 from rowint8.eval.demo_model import DEFAULT_FOLDER, make_demo_model
 from rowint8.eval.errors import EvalError
 
@@ -22,12 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Measure speed.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
-out = Console()
-err = Console(stderr=True)
-
-Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the results to this file.")]  # noqa: UP045
 
 
 Dtype = Annotated[
@@ -103,7 +98,7 @@ def demo(
         out.print(f"[bold]{', '.join(setups)}[/bold]", text, sep="\n", end="\n\n", highlight=False)
     rows = [run.row for run in runs]
     out.print(job.generation_table(rows))
-    _write(json_file, rows)
+    write(json_file, rows)
     if vllm:
         with err.status("vllm serve --quantization rowint8: starting, answering, stopping"):
             start = time.monotonic()
@@ -133,7 +128,7 @@ def quality(
             runs[setup] = job.run_setup(folder, setup, arithmetic, limit)
     rows = job.quality_rows(runs, arithmetic)
     out.print(job.quality_table(rows))
-    _write(json_file, rows)
+    write(json_file, rows)
 
 
 @app.command()
@@ -212,7 +207,7 @@ def fidelity(
         advance()
         rows = list(job.measure(measured, setups, text.name, advance))
     out.print(job.fidelity_table(rows))
-    _write(json_file, rows)
+    write(json_file, rows)
 
 
 @app.command()
@@ -231,44 +226,7 @@ def agreement(
     with err.status("both engines, ten prompts"):
         rows = job.compare(folder, _arithmetic(dtype))
     out.print(job.agreement_table(rows))
-    _write(json_file, rows)
-
-
-@bench.command("kernels")
-def bench_kernels(
-    shapes: Annotated[Optional[str], typer.Option(help="Comma-separated: qkv, o, gate_up, down. Default: all.")] = None,  # noqa: UP045
-    peers: Annotated[bool, typer.Option(help="Also Marlin, Machete and gemlite, where they are installed.")] = False,
-    json_file: Json = None,
-) -> None:
-    """Time the operators on a CUDA GPU beside cuBLAS in bf16, with Llama-3.1-8B's shapes and 1 to 8192 tokens.
-
-    Example: rowint8 bench kernels --peers --shapes gate_up,o --json kernels.json
-    """
-    import torch
-
-    from rowint8.eval import bench_kernels as job
-
-    if not torch.cuda.is_available():
-        raise EvalError("kernels are timed on a CUDA GPU; torch finds none here")
-    chosen = shapes.split(",") if shapes else list(job.SHAPES)
-    if unknown := [shape for shape in chosen if shape not in job.SHAPES]:
-        raise EvalError(f"--shapes has {', '.join(unknown)}; accepted are {', '.join(job.SHAPES)}")
-    rows = []
-    with err.status("ceilings") as status:
-        ceilings = job.measure_ceilings()
-
-        def announce(message: str) -> None:
-            status.update(message)
-            if message.startswith("without"):
-                err.print(message)
-
-        for row in job.bench(chosen, job.TOKENS, announce, peers):
-            rows.append(row)
-            status.update(f"{row.op} {row.shape} M = {row.M}")
-            if json_file:
-                _save(json_file, rows, ceilings)  # an interrupted run keeps what it measured
-    out.print(job.kernel_table(rows, ceilings))
-    _write(json_file, rows, ceilings)
+    write(json_file, rows)
 
 
 def _arithmetic(dtype: str | None) -> str:
@@ -289,26 +247,6 @@ def _made_demo_model() -> Path:
     with err.status(f"making {DEFAULT_FOLDER} (once)"):
         make_demo_model(DEFAULT_FOLDER)
     return DEFAULT_FOLDER
-
-
-def _write(path: Path | None, rows, ceilings=None) -> None:
-    """Writes a result file and says so; nothing without a path."""
-    if path is not None:
-        _save(path, rows, ceilings)
-        err.print(f"wrote {path}", highlight=False)
-
-
-def _save(path: Path, rows, ceilings=None) -> None:
-    """Writes a result file whose command is this process's command line.
-
-    The file's own place is no part of the measurement: only its name is kept.
-    """
-    from rowint8.eval.environment import describe_environment
-    from rowint8.eval.schema import Results, write_results
-
-    command = shlex.join(["rowint8", *(path.name if part == str(path) else part for part in sys.argv[1:])])
-    results = Results(environment=describe_environment(), command=command, rows=tuple(rows), ceilings=ceilings)
-    write_results(path, results)
 
 
 def main() -> None:
