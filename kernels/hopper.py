@@ -1,11 +1,12 @@
 # type: ignore  # Gluon's own types do not describe device code
 """The INT8 product on Hopper, in Gluon: TMA brings tiles into shared memory, wgmma multiplies them from registers.
 
-A program has three roles that run at the same time, on warps of their own. The producer (one warp) fills a ring of
-stages, each a block of K of the weight rows and of the tokens. Two consumers (four warps each) own `rows` weight rows
-each: they widen the INT8 values from shared memory into registers, where wgmma takes its left operand, and multiply
-them with the tokens in shared memory. While one consumer widens, the other multiplies. `full` barriers tell consumers
-that a stage has arrived, `empty` barriers tell the producer that both are done with it.
+A program has roles that run at the same time, on warps of their own. The producer (one warp) fills a ring of stages,
+each a slice of K of the weight rows and of the tokens. Two to four consumers (four warps each) widen INT8 values from
+shared memory into registers, where wgmma takes its left operand, and multiply them with the tokens in shared memory:
+while some widen, others multiply. Consumers lie `across` the weight's rows, `rows` rows each, and `deep`, each
+with a block of K of every slice; the sums of the deep ones meet in shared memory at the end of a tile. `full` barriers
+tell consumers that a stage has arrived, `empty` barriers tell the producer that all are done with it.
 
 Programs are persistent: at most one a multiprocessor, each takes every gridDim-th tile. With `split` > 1 the K of a
 tile is cut into parts, which are written as fp32 and added in order by a second kernel: results never depend on timing.
@@ -18,6 +19,7 @@ from typing import NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _memory = gl.shared_memory_descriptor
 # renamed after Triton 3.6
@@ -30,6 +32,8 @@ class Config(NamedTuple):
 
     fused: bool
     has_bias: bool
+    across: int
+    deep: int
     rows: int
     block_m: int
     block_k: int
@@ -50,15 +54,19 @@ def _work_unit(unit, tiles_m, tiles_n, steps, SPLIT: gl.constexpr, GROUP: gl.con
 
 
 @gluon.jit
-def _produce(weight, x, w_ring, x_ring, full, empty, tiles_m, tiles_n, steps, config: gl.constexpr):
-    """Keeps the ring full."""
+def _produce(given, config: gl.constexpr):
+    """Keeps the ring full, once the kernel before this one has written its output."""
+    weight, x, w_ring, x_ring, full, empty, tiles_m, tiles_n, steps = given
     FUSED: gl.constexpr = config.fused
+    ACROSS: gl.constexpr = config.across
+    DEEP: gl.constexpr = config.deep
     ROWS: gl.constexpr = config.rows
     BLOCK_M: gl.constexpr = config.block_m
     BLOCK_K: gl.constexpr = config.block_k
     STAGES: gl.constexpr = config.stages
     SPLIT: gl.constexpr = config.split
     GROUP: gl.constexpr = config.group
+    gdc_wait()
     it = 0
     for unit in range(gl.program_id(0), tiles_m * tiles_n * SPLIT, gl.num_programs(0)):
         pid_m, pid_n, _, first, end = _work_unit(unit, tiles_m, tiles_n, steps, SPLIT, GROUP)
@@ -66,91 +74,100 @@ def _produce(weight, x, w_ring, x_ring, full, empty, tiles_m, tiles_n, steps, co
             stage = it % STAGES
             arrived = full.index(stage)
             mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
-            mbarrier.expect(arrived, 2 * ROWS * BLOCK_K + 2 * BLOCK_M * BLOCK_K)
-            for half in gl.static_range(2):
-                if FUSED:
-                    where = [(pid_n * 2 + half) * (ROWS // 16), 0, 0, step * BLOCK_K]
-                else:
-                    where = [(pid_n * 2 + half) * ROWS, step * BLOCK_K]
-                _load(weight, where, arrived, w_ring.index(stage * 2 + half))
-            _load(x, [pid_m * BLOCK_M, step * BLOCK_K], arrived, x_ring.index(stage))
+            mbarrier.expect(arrived, DEEP * BLOCK_K * (ACROSS * ROWS + 2 * BLOCK_M))
+            for depth in gl.static_range(DEEP):
+                k = (step * DEEP + depth) * BLOCK_K
+                for side in gl.static_range(ACROSS):
+                    if FUSED:
+                        where = [(pid_n * ACROSS + side) * (ROWS // 16), 0, 0, k]
+                    else:
+                        where = [(pid_n * ACROSS + side) * ROWS, k]
+                    _load(weight, where, arrived, w_ring.index((stage * DEEP + depth) * ACROSS + side))
+                _load(x, [pid_m * BLOCK_M, k], arrived, x_ring.index(stage * DEEP + depth))
             it += 1
 
 
 @gluon.jit
-def _consume(
-    out,
-    scale,
-    bias,
-    w_ring,
-    x_ring,
-    full,
-    empty,
-    tiles_m,
-    tiles_n,
-    steps,
-    M,
-    N,
-    HALF: gl.constexpr,
-    config: gl.constexpr,
-):
-    """Multiplies one half of the weight rows of every tile of this program and stores the result."""
+def _consume(given, CONSUMER: gl.constexpr, config: gl.constexpr):
+    """Multiplies this consumer's share of every tile of this program; the first in depth stores the result."""
+    out, scale, bias, w_ring, x_ring, full, empty, sums, summed, taken, tiles_m, tiles_n, steps, M, N = given
     FUSED: gl.constexpr = config.fused
     HAS_BIAS: gl.constexpr = config.has_bias
+    ACROSS: gl.constexpr = config.across
+    DEEP: gl.constexpr = config.deep
     ROWS: gl.constexpr = config.rows
     BLOCK_M: gl.constexpr = config.block_m
-    BLOCK_K: gl.constexpr = config.block_k
     STAGES: gl.constexpr = config.stages
     SPLIT: gl.constexpr = config.split
     GROUP: gl.constexpr = config.group
+    SIDE: gl.constexpr = CONSUMER % ACROSS
+    DEPTH: gl.constexpr = CONSUMER // ACROSS
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16])
-    OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=2)
     it = 0
+    turn = 0  # tiles so far
     for unit in range(gl.program_id(0), tiles_m * tiles_n * SPLIT, gl.num_programs(0)):
         pid_m, pid_n, split, first, end = _work_unit(unit, tiles_m, tiles_n, steps, SPLIT, GROUP)
         acc = gl.zeros([ROWS, BLOCK_M], gl.float32, ACC)
-        w = _widened(w_ring, full, it, HALF, ROWS, BLOCK_K, STAGES, OPERAND, x_ring.dtype)
+        w = _widened(w_ring, x_ring, full, it, CONSUMER, config, ACC)
         for _ in range(first + 1, end):
             stage = it % STAGES
-            acc = warpgroup_mma(w, x_ring.index(stage).permute((1, 0)), acc, is_async=True)
-            w = _widened(w_ring, full, it + 1, HALF, ROWS, BLOCK_K, STAGES, OPERAND, x_ring.dtype)
+            acc = warpgroup_mma(w, x_ring.index(stage * DEEP + DEPTH).permute((1, 0)), acc, is_async=True)
+            w = _widened(w_ring, x_ring, full, it + 1, CONSUMER, config, ACC)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(empty.index(stage), count=1)
             it += 1
-        acc = warpgroup_mma(w, x_ring.index(it % STAGES).permute((1, 0)), acc)
+        acc = warpgroup_mma(w, x_ring.index(it % STAGES * DEEP + DEPTH).permute((1, 0)), acc)
         mbarrier.arrive(empty.index(it % STAGES), count=1)
         it += 1
-        row = (pid_n * 2 + HALF) * ROWS
-        token = pid_m * BLOCK_M
-        if FUSED:
-            _store(_swiglu(acc, scale, row // 2, N // 2, ACC), out, row // 2, token, M, N // 2)
-        elif SPLIT > 1:
-            part = split * tiles_n * 2 * ROWS + row
-            _store_part(acc, out + part.to(gl.int64) * (tiles_m * BLOCK_M) + token, tiles_m * BLOCK_M, ACC)
+        if DEPTH > 0:
+            _hand_over(acc, sums, summed, taken, turn, CONSUMER - ACROSS)
         else:
-            _store(_scaled(acc, scale, bias, row, N, HAS_BIAS, ACC), out, row, token, M, N)
+            for depth in gl.static_range(1, DEEP):
+                acc += _taken_over(sums, summed, taken, turn, (depth - 1) * ACROSS + SIDE, ACC)
+            row = (pid_n * ACROSS + SIDE) * ROWS
+            token = pid_m * BLOCK_M
+            if FUSED:
+                _store(_swiglu(acc, scale, row // 2, N // 2, ACC), out, row // 2, token, M, N // 2)
+            elif SPLIT > 1:
+                part = split * tiles_n * ACROSS * ROWS + row
+                _store_part(acc, out + part.to(gl.int64) * (tiles_m * BLOCK_M) + token, tiles_m * BLOCK_M, ACC)
+            else:
+                _store(_scaled(acc, scale, bias, row, N, HAS_BIAS, ACC), out, row, token, M, N)
+        turn += 1  # noqa: SIM113
 
 
 @gluon.jit
-def _widened(
-    w_ring,
-    full,
-    it,
-    HALF: gl.constexpr,
-    ROWS: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr,
-    OPERAND: gl.constexpr,
-    DTYPE: gl.constexpr,
-):
+def _widened(w_ring, x_ring, full, it, CONSUMER: gl.constexpr, config: gl.constexpr, ACC: gl.constexpr):
     """This consumer's [ROWS, BLOCK_K] of K step `it` in the activations' dtype, once they have arrived."""
-    mbarrier.wait(full.index(it % STAGES), (it // STAGES) & 1)
+    ROWS: gl.constexpr = config.rows
+    BLOCK_K: gl.constexpr = config.block_k
+    STAGES: gl.constexpr = config.stages
+    CONSUMERS: gl.constexpr = config.across * config.deep
+    OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=2)
     SWIZZLE: gl.constexpr = w_ring.layout.swizzle_byte_width
-    w = w_ring.index(it % STAGES * 2 + HALF)
-    if DTYPE == gl.bfloat16:  # noqa: SIM300
+    mbarrier.wait(full.index(it % STAGES), (it // STAGES) & 1)
+    w = w_ring.index(it % STAGES * CONSUMERS + CONSUMER)
+    if x_ring.dtype == gl.bfloat16:
         pairs = _reinterpret(w, gl.int16, [ROWS, BLOCK_K // 2], gl.NVMMASharedLayout(SWIZZLE, 16, 2))
-        return _bf16_pairs(pairs.load(gl.DotOperandLayout(0, OPERAND.parent, k_width=1)), OPERAND)
-    return _reinterpret(w, gl.int8, [ROWS, BLOCK_K], gl.NVMMASharedLayout(SWIZZLE, 8, 2)).load(OPERAND).to(DTYPE)
+        return _bf16_pairs(pairs.load(gl.DotOperandLayout(0, ACC, k_width=1)), OPERAND)
+    return _reinterpret(w, gl.int8, [ROWS, BLOCK_K], gl.NVMMASharedLayout(SWIZZLE, 8, 2)).load(OPERAND).to(x_ring.dtype)
+
+
+@gluon.jit
+def _hand_over(acc, sums, summed, taken, turn, place: gl.constexpr):
+    """Leaves this consumer's sums of the tile for the first in depth, who has taken those of the tile before."""
+    mbarrier.wait(taken.index(place), (turn & 1) ^ 1)
+    sums.index(place).store(acc)
+    mbarrier.arrive(summed.index(place), count=1)
+
+
+@gluon.jit
+def _taken_over(sums, summed, taken, turn, place: gl.constexpr, ACC: gl.constexpr):
+    """The sums that a deeper consumer has left."""
+    mbarrier.wait(summed.index(place), turn & 1)
+    acc = sums.index(place).load(ACC)
+    mbarrier.arrive(taken.index(place), count=1)
+    return acc
 
 
 @gluon.jit
@@ -224,26 +241,62 @@ def _store(acc, out, row, token, M, N):
 def hopper_kernel(weight, x, scale, bias, out, M, N, K, config: gl.constexpr):
     """Grid: at most one program a multiprocessor. `weight` and `x` are TMA descriptors; `out` is [M, N], [M, N / 2]
     for SwiGLU, or, with a split, fp32 parts [split, N padded, M padded] of the transposed product."""
+    ACROSS: gl.constexpr = config.across
+    DEEP: gl.constexpr = config.deep
     ROWS: gl.constexpr = config.rows
     BLOCK_M: gl.constexpr = config.block_m
     BLOCK_K: gl.constexpr = config.block_k
     STAGES: gl.constexpr = config.stages
-    w_ring = gl.allocate_shared_memory(gl.int8, [2 * STAGES] + weight.block_type.shape, weight.layout)  # noqa: RUF005
-    x_ring = gl.allocate_shared_memory(x.dtype, [STAGES, BLOCK_M, BLOCK_K], x.layout)
+    CONSUMERS: gl.constexpr = ACROSS * DEEP
+    HANDED: gl.constexpr = max(CONSUMERS - ACROSS, 1)
+    gdc_launch_dependents()
+    w_ring = gl.allocate_shared_memory(gl.int8, [STAGES * CONSUMERS] + weight.block_type.shape, weight.layout)  # noqa: RUF005
+    x_ring = gl.allocate_shared_memory(x.dtype, [STAGES * DEEP, BLOCK_M, BLOCK_K], x.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
+    SUMS: gl.constexpr = gl.SwizzledSharedLayout(vec=8, per_phase=1, max_phase=4, order=[1, 0])
+    sums = gl.allocate_shared_memory(gl.float32, [HANDED, ROWS if DEEP > 1 else 1, BLOCK_M], SUMS)
+    summed = gl.allocate_shared_memory(gl.int64, [HANDED, 1], mbarrier.MBarrierLayout())
+    taken = gl.allocate_shared_memory(gl.int64, [HANDED, 1], mbarrier.MBarrierLayout())
+    for place in gl.static_range(HANDED):
+        mbarrier.init(summed.index(place), count=1)
+        mbarrier.init(taken.index(place), count=1)
     tiles_m = gl.cdiv(M, BLOCK_M)
-    tiles_n = gl.cdiv(N, 2 * ROWS)
-    steps = gl.cdiv(K, BLOCK_K)
-    gl.warp_specialize(
-        [
-            (_consume, (out, scale, bias, w_ring, x_ring, full, empty, tiles_m, tiles_n, steps, M, N, 0, config)),
-            (_consume, (out, scale, bias, w_ring, x_ring, full, empty, tiles_m, tiles_n, steps, M, N, 1, config)),
-            (_produce, (weight, x, w_ring, x_ring, full, empty, tiles_m, tiles_n, steps, config)),
-        ],
-        [4, 1],
-        [232, 24],
-    )
+    tiles_n = gl.cdiv(N, ACROSS * ROWS)
+    steps = gl.cdiv(K, DEEP * BLOCK_K)
+    rings = (w_ring, x_ring, full, empty)
+    tiles = (tiles_m, tiles_n, steps)
+    given = (out, scale, bias) + rings + (sums, summed, taken) + tiles + (M, N)  # noqa: RUF005
+    feed = (weight, x) + rings + tiles  # noqa: RUF005
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [(_consume, (given, 0, config)), (_consume, (given, 1, config)), (_produce, (feed, config))],
+            [4, 1],
+            [232, 24],
+        )
+    elif CONSUMERS == 3:
+        gl.warp_specialize(
+            [
+                (_consume, (given, 0, config)),
+                (_consume, (given, 1, config)),
+                (_consume, (given, 2, config)),
+                (_produce, (feed, config)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (given, 0, config)),
+                (_consume, (given, 1, config)),
+                (_consume, (given, 2, config)),
+                (_consume, (given, 3, config)),
+                (_produce, (feed, config)),
+            ],
+            [4, 4, 4, 1],
+            [112, 112, 112, 24],
+        )

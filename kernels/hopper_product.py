@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from rowint8.kernels.hopper import Config, hopper_kernel
-from rowint8.kernels.tiles import HopperTile, hopper_processors
+from rowint8.kernels.tiles import CONSUMER_ROWS, HopperTile, hopper_processors
 
 _GLUON_DTYPE = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _ALIGNMENT = 16
@@ -61,17 +61,26 @@ def hopper_product(
     """
     (M, K), N = tokens.shape, values.shape[0]
     out = torch.empty(M, N // 2 if fused else N, dtype=tokens.dtype, device=tokens.device)
-    tiles_m, tiles_n = triton.cdiv(M, tile.block_m), triton.cdiv(N, 2 * tile.rows)
+    tiles_m, tiles_n = triton.cdiv(M, tile.block_m), triton.cdiv(N, tile.rows)
     programs = min(hopper_processors(tokens.device), tiles_m * tiles_n * tile.split)
-    launch: dict[str, Any] = dict(num_warps=4)
+    launch: dict[str, Any] = dict(num_warps=4, launch_pdl=True)
     launch["config"] = Config(
-        fused, bias is not None, tile.rows, tile.block_m, tile.block_k, tile.stages, tile.split, tile.group
+        fused,
+        bias is not None,
+        tile.across,
+        tile.deep,
+        CONSUMER_ROWS,
+        tile.block_m,
+        tile.block_k,
+        tile.stages,
+        tile.split,
+        tile.group,
     )
     descriptors = _weight_descriptor(values, tile, fused), _token_descriptor(tokens, tile)
     if tile.split == 1:
         hopper_kernel[(programs,)](*descriptors, scale, bias, out, M, N, K, **launch)
         return out
-    padded_m, padded_n = tiles_m * tile.block_m, tiles_n * 2 * tile.rows
+    padded_m, padded_n = tiles_m * tile.block_m, tiles_n * tile.rows
     parts = torch.empty(tile.split, padded_n, padded_m, dtype=torch.float32, device=tokens.device)
     hopper_kernel[(programs,)](*descriptors, scale, bias, parts, M, N, K, **launch)
     add_parts(parts, scale, bias, out)
@@ -88,12 +97,12 @@ def add_parts(parts: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) ->
 
 
 def _weight_descriptor(values: Tensor, tile: HopperTile, fused: bool) -> TensorDescriptor:
-    """Blocks of `rows` rows; for SwiGLU eight gate rows and their eight up rows in turn, seen as [I / 8, 2, 8, K]."""
+    """Blocks of one consumer's rows; for SwiGLU eight gate rows and their eight up rows in turn: [I / 8, 2, 8, K]."""
     if not fused:
-        block = [tile.rows, tile.block_k]
+        block = [CONSUMER_ROWS, tile.block_k]
         return TensorDescriptor.from_tensor(values, block, _layout(tuple(block), gl.int8))
     N, K = values.shape
-    block = [tile.rows // 16, 2, 8, tile.block_k]
+    block = [CONSUMER_ROWS // 16, 2, 8, tile.block_k]
     layout = _layout(tuple(block), gl.int8)
     return TensorDescriptor(values, [N // 16, 2, 8, K], [8 * K, N // 2 * K, K, 1], block, layout)
 

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rowint8.kernels.launch import dot_dtype, grid_position, hopper_tile
-from rowint8.kernels.products import dot_product, vector_product
+from rowint8.kernels.launch import dependent_launch, dot_dtype, grid_position, hopper_tile
+from rowint8.kernels.products import dot_product, overlap_previous, vector_product
 from rowint8.kernels.tiles import pick_tile, shared_memory_limit
 
 
@@ -25,11 +25,14 @@ def _linear_one_token(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (M, cdiv(N, BLOCK_N)): one token and BLOCK_N outputs per program."""
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(n, N - 1).to(tl.int64)
+    if PDL:
+        overlap_previous(values, rows, K, BLOCK_N, BLOCK_K)
     acc = vector_product(x, values, rows, token, K, BLOCK_N, BLOCK_K, EVEN_K)
     acc *= tl.load(scale + rows).to(tl.float32)
     if HAS_BIAS:
@@ -51,16 +54,20 @@ def _linear_many_tokens(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     DOT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N),): one [BLOCK_N, BLOCK_M] tile of out^T per program."""
     pid_m, pid_n = grid_position(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     tokens = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(n, N - 1).to(tl.int64)
-    acc = dot_product(x, values, rows, tokens, M, K, BLOCK_N, BLOCK_M, BLOCK_K, EVEN_K, DOT)  # [BN, BM]
+    if PDL:
+        overlap_previous(values, rows, K, BLOCK_N, BLOCK_K)
+    acc = dot_product(x, values, rows, tokens, M, K, BLOCK_N, BLOCK_M, BLOCK_K, SLICES, EVEN_K, DOT)  # [BN, BM]
     acc *= tl.load(scale + rows).to(tl.float32)[:, None]
     if HAS_BIAS:
         acc += tl.load(bias + rows).to(tl.float32)[:, None]
@@ -82,11 +89,12 @@ def int8_linear(tokens: Tensor, values: Tensor, scale: Tensor, bias: Tensor | No
         tile = pick_tile("linear", M, N, K, tokens.element_size(), shared_memory_limit(tokens.device))
         common: dict[str, Any] = dict(HAS_BIAS=bias is not None, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k)
         common |= dict(EVEN_K=K % tile.block_k == 0, num_warps=tile.num_warps, num_stages=tile.num_stages)
+        common |= dependent_launch(tokens.device, tile)
         if tile.block_m == 1:
             grid = (M, triton.cdiv(N, tile.block_n))
             _linear_one_token[grid](tokens, values, scale, bias, out, N, K, **common)
         else:
             grid = (triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)
-            common |= dict(BLOCK_M=tile.block_m, GROUP=tile.group, DOT=dot_dtype(tokens.dtype))
+            common |= dict(BLOCK_M=tile.block_m, SLICES=tile.slices, GROUP=tile.group, DOT=dot_dtype(tokens.dtype))
             _linear_many_tokens[grid](tokens, values, scale, bias, out, M, N, K, **common)
     return out

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rowint8.kernels.launch import dot_dtype, grid_position, hopper_tile
-from rowint8.kernels.products import dot_product, vector_product
+from rowint8.kernels.launch import dependent_launch, dot_dtype, grid_position, hopper_tile
+from rowint8.kernels.products import dot_product, overlap_previous, vector_product
 from rowint8.kernels.tiles import pick_tile, shared_memory_limit
 
 
@@ -40,10 +40,13 @@ def _swiglu_one_token(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (M, cdiv(I, BLOCK_N / 2))."""
     token = tl.program_id(0).to(tl.int64)
     rows = _paired_rows(tl.program_id(1), I, BLOCK_N)
+    if PDL:
+        overlap_previous(values, rows, K, BLOCK_N, BLOCK_K)
     acc = vector_product(x, values, rows, token, K, BLOCK_N, BLOCK_K, EVEN_K)
     acc *= tl.load(scale + rows).to(tl.float32)
     gate, up = tl.split(tl.reshape(acc, [BLOCK_N // 2, 2]))
@@ -63,15 +66,19 @@ def _swiglu_many_tokens(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     DOT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (cdiv(M, BLOCK_M) * cdiv(I, BLOCK_N / 2),): one [BLOCK_N / 2, BLOCK_M] tile of out^T per program."""
     pid_m, pid_n = grid_position(tl.cdiv(M, BLOCK_M), tl.cdiv(I, BLOCK_N // 2), GROUP)
     tokens = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = _paired_rows(pid_n, I, BLOCK_N)
-    acc = dot_product(x, values, rows, tokens, M, K, BLOCK_N, BLOCK_M, BLOCK_K, EVEN_K, DOT)  # [BN, BM]
+    if PDL:
+        overlap_previous(values, rows, K, BLOCK_N, BLOCK_K)
+    acc = dot_product(x, values, rows, tokens, M, K, BLOCK_N, BLOCK_M, BLOCK_K, SLICES, EVEN_K, DOT)  # [BN, BM]
     acc *= tl.load(scale + rows).to(tl.float32)[:, None]
     pairs = tl.permute(tl.reshape(acc, [BLOCK_N // 2, 2, BLOCK_M]), [0, 2, 1])  # [BN / 2, BM, 2]
     gate, up = tl.split(pairs)
@@ -96,11 +103,12 @@ def int8_swiglu(tokens: Tensor, values: Tensor, scale: Tensor) -> Tensor:
         tile = pick_tile("swiglu", M, N, K, tokens.element_size(), shared_memory_limit(tokens.device))
         common: dict[str, Any] = dict(BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, EVEN_K=K % tile.block_k == 0)
         common |= dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+        common |= dependent_launch(tokens.device, tile)
         outputs = tile.block_n // 2
         if tile.block_m == 1:
             _swiglu_one_token[(M, triton.cdiv(I, outputs))](tokens, values, scale, out, I, K, **common)
         else:
             grid = (triton.cdiv(M, tile.block_m) * triton.cdiv(I, outputs),)
-            common |= dict(BLOCK_M=tile.block_m, GROUP=tile.group, DOT=dot_dtype(tokens.dtype))
+            common |= dict(BLOCK_M=tile.block_m, SLICES=tile.slices, GROUP=tile.group, DOT=dot_dtype(tokens.dtype))
             _swiglu_many_tokens[grid](tokens, values, scale, out, M, I, K, **common)
     return out

@@ -1,12 +1,15 @@
 """What every launcher and kernel needs once: which kernel, the interpreter's dtype rule, the order of tiles."""
 
+from functools import cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from rowint8.kernels.tiles import HopperTile, hopper_processors, pick_hopper_tile
+from rowint8.kernels.tiles import HopperTile, TileConfig, hopper_processors, pick_hopper_tile
 
 _TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -18,6 +21,17 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     dot of bf16 operands is silently wrong: there both operands are widened to fp32.
     """
     return tl.float32 if knobs.runtime.interpret else _TRITON_DTYPE[dtype]
+
+
+def dependent_launch(device: torch.device, tile: TileConfig) -> dict[str, Any]:
+    """Launch options: whether the kernel may be set up before the one in front of it has ended (9.0 and newer)."""
+    pdl = tile.overlaps and _launches_dependents(device)
+    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+
+
+@cache
+def _launches_dependents(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def hopper_tile(op: str, tokens: Tensor, values: Tensor) -> HopperTile | None:

@@ -6,6 +6,27 @@ and SwiGLU (gate rows and their up rows). Row indices must be in range: callers 
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def overlap_previous(values, rows, K, BLOCK_N: tl.constexpr, BYTES: tl.constexpr):
+    """Programmatic dependent launch: the next kernel may be set up while this one runs, and this one, set up while the
+    kernel before it ran, waits for that kernel's memory.
+
+    What may happen before the wait is a hint: the first BYTES of every weight row are brought into L2.
+    """
+    gdc_launch_dependents()
+    lines = tl.minimum(tl.arange(0, BYTES // 128) * 128, K - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [values + rows[:, None] * K + lines[None, :]],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+    gdc_wait()
 
 
 @triton.jit
@@ -19,14 +40,18 @@ def dot_product(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,
     EVEN_K: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """acc[BN, BM] = values[rows] @ x[tokens]^T in fp32, on tensor cores.
 
     The weight is the left operand: Hopper's wgmma takes it from registers, where it has just been widened, and the
-    tokens, often few, sit on wgmma's short side (multiples of 8).
+    tokens, often few, sit on wgmma's short side (multiples of 8). With few tokens a block has work for one warp only;
+    SLICES of K, each of BLOCK_K / SLICES, then go to different warps, whose sums are added at the end.
     """
+    if SLICES > 1:
+        return _sliced_dot_product(x, values, rows, tokens, M, K, BLOCK_N, BLOCK_M, BLOCK_K, SLICES, EVEN_K, DOT)
     ks = tl.arange(0, BLOCK_K)
     w_ptrs = values + rows[:, None] * K + ks[None, :]  # [BN, BK]
     x_ptrs = x + tokens[None, :] * K + ks[:, None]  # [BK, BM]
@@ -42,6 +67,39 @@ def dot_product(
         w_ptrs += BLOCK_K
         x_ptrs += BLOCK_K
     return acc
+
+
+@triton.jit
+def _sliced_dot_product(
+    x,
+    values,
+    rows,
+    tokens,
+    M,
+    K,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    SLICE: tl.constexpr = BLOCK_K // SLICES
+    ks = tl.arange(0, SLICES)[:, None] * SLICE + tl.arange(0, SLICE)[None, :]  # [S, BK / S]
+    w_ptrs = values + rows[None, :, None] * K + ks[:, None, :]  # [S, BN, BK / S]
+    x_ptrs = x + tokens[None, None, :] * K + ks[:, :, None]  # [S, BK / S, BM]
+    acc = tl.zeros([SLICES, BLOCK_N, BLOCK_M], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        if EVEN_K:
+            w = tl.load(w_ptrs)
+            xt = tl.load(x_ptrs, mask=(tokens < M)[None, None, :], other=0.0)
+        else:
+            w = tl.load(w_ptrs, mask=ks[:, None, :] < K - k, other=0)
+            xt = tl.load(x_ptrs, mask=(tokens < M)[None, None, :] & (ks[:, :, None] < K - k), other=0.0)
+        acc = tl.dot(w.to(DOT), xt.to(DOT), acc, input_precision="ieee")
+        w_ptrs += BLOCK_K
+        x_ptrs += BLOCK_K
+    return tl.sum(acc, axis=0)
 
 
 @triton.jit

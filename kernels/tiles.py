@@ -25,6 +25,10 @@ class TileConfig:
     num_stages: int
     group: int = 8
     """Row blocks of the weight that run together, for reuse in L2."""
+    slices: int = 1
+    """Slices of a block of K that go to different warps."""
+    overlaps: bool = False
+    """Whether the kernel is set up while the one in front of it still runs, where the card can do so."""
 
     def shared_memory(self, itemsize: int) -> int:
         """Bytes that the pipeline of the tensor-core kernel holds for activations of `itemsize` bytes."""
@@ -34,22 +38,25 @@ class TileConfig:
 WIDE_N = 16384
 """From this many rows on, one wave of large tiles fills the card; below it, smaller tiles do better."""
 
-_ONE_TOKEN = {"long": TileConfig(1, 2, 2048, 4, 2), "short": TileConfig(1, 2, 1024, 2, 3)}
+_ONE_TOKEN = {
+    "long": TileConfig(1, 2, 2048, 4, 2, overlaps=True),
+    "short": TileConfig(1, 2, 1024, 2, 3, overlaps=True),
+}
 _LONG_K = 8192
 _ONE_WAVE_N = 4224
-"""Up to here blocks of 32 rows run at once on 132 multiprocessors; beyond, smaller programs share one."""
+"""Up to here blocks of 16 rows run at once, two on each of 132 multiprocessors."""
+_FEW_TOKENS = TileConfig(16, 16, 512, 4, 4, slices=4)
 
 # (up to this many tokens, tile for a wide weight, tile for a narrow one)
 _LINEAR = (
-    (16, TileConfig(16, 32, 256, 2, 4), TileConfig(16, 32, 256, 4, 5)),
+    (16, TileConfig(16, 32, 256, 2, 4), _FEW_TOKENS),
     (32, TileConfig(32, 32, 256, 4, 3), TileConfig(32, 32, 256, 4, 4)),
     (64, TileConfig(64, 64, 128, 4, 3), TileConfig(32, 64, 256, 4, 3)),
     (128, TileConfig(128, 64, 128, 4, 3), TileConfig(64, 64, 128, 4, 4)),
     (256, TileConfig(256, 128, 64, 8, 4), TileConfig(128, 64, 128, 4, 4)),
 )
-_FEW_TOKENS_MIDDLE_N = TileConfig(16, 32, 512, 2, 3)
 _SWIGLU = (
-    (16, TileConfig(16, 128, 128, 8, 3), TileConfig(16, 32, 256, 4, 5)),
+    (16, TileConfig(16, 128, 128, 8, 3), _FEW_TOKENS),
     (32, TileConfig(32, 32, 128, 4, 3), TileConfig(32, 32, 256, 4, 4)),
     (64, TileConfig(64, 64, 128, 4, 2), TileConfig(32, 64, 256, 4, 3)),
     (128, TileConfig(128, 128, 128, 8, 4), TileConfig(64, 64, 128, 4, 4)),
@@ -68,8 +75,8 @@ def pick_tile(op: str, m: int, n: int, k: int, itemsize: int, shared_memory: int
     """
     if m == 1:
         return _ONE_TOKEN["long" if k >= _LONG_K else "short"]
-    if op == "linear" and m <= 16 and _ONE_WAVE_N < n < WIDE_N:
-        return _fit(_FEW_TOKENS_MIDDLE_N, itemsize, shared_memory)
+    if m <= 16 and _ONE_WAVE_N < n < WIDE_N:
+        return _fit(replace(_FEW_TOKENS, overlaps=True), itemsize, shared_memory)
     for max_m, wide, narrow in _SWIGLU if op == "swiglu" else _LINEAR:
         if m <= max_m:
             return _fit(wide if n >= WIDE_N else narrow, itemsize, shared_memory)
@@ -80,53 +87,71 @@ def _fit(tile: TileConfig, itemsize: int, shared_memory: int) -> TileConfig:
     """Cuts the pipeline, then the block of K, until the tile fits the card."""
     while tile.shared_memory(itemsize) > shared_memory and tile.num_stages > 2:
         tile = replace(tile, num_stages=tile.num_stages - 1)
-    while tile.shared_memory(itemsize) > shared_memory and tile.block_k > 32:
+    while tile.shared_memory(itemsize) > shared_memory and tile.block_k > 32 * tile.slices:
         tile = replace(tile, block_k=tile.block_k // 2)
     return tile
+
+
+CONSUMER_ROWS = 64
+"""Weight rows of one consumer of the Hopper kernel: the height of a wgmma."""
 
 
 @dataclass(frozen=True)
 class HopperTile:
     """A variant of the Hopper kernel."""
 
-    rows: int
-    """Weight rows per consumer; a program has two consumers. For SwiGLU half of them are gate rows."""
     block_m: int
     """Tokens per program."""
     block_k: int
+    across: int
+    """Consumers side by side, each with CONSUMER_ROWS weight rows (for SwiGLU half of them are gate rows)."""
+    deep: int
+    """Consumers one behind another, each with a `block_k` of every slice of K."""
     split: int = 1
     """Parts that K is cut into, for weights with too few rows to fill the card."""
     group: int = 8
     """Row blocks of the weight that run together, for reuse in L2."""
 
     @property
+    def rows(self) -> int:
+        """Weight rows per program."""
+        return self.across * CONSUMER_ROWS
+
+    @property
     def stages(self) -> int:
-        """Blocks of K in flight, as many as shared memory holds."""
-        return min(10, _HOPPER_RING_BYTES // (2 * (self.rows + self.block_m) * self.block_k))
+        """Slices of K in flight, as many as shared memory holds."""
+        handed_over = 4 * (self.deep - 1) * self.rows * self.block_m
+        slice_bytes = self.deep * self.block_k * (self.rows + 2 * self.block_m)
+        return min(10, (_HOPPER_RING_BYTES - handed_over) // slice_bytes)
 
 
 class _Cost(NamedTuple):
-    """Microseconds on an H100 at K = 1024 and more: a least-squares fit to a sweep, for comparing tiles only."""
+    """Microseconds of one wave of tiles on an H100."""
 
     k: float
-    """Per wave of tiles and 1024 of K."""
+    """Per 1024 of K."""
     wave: float
-    split: float
-    """Once, if K is split."""
-    fixed: float
 
 
+# A least-squares fit to a sweep over Llama-3.1-8B's shapes, 16 to 2048 tokens: for comparing tiles only.
 _HOPPER = {
-    HopperTile(64, 16, 256): _Cost(4.16, 5.09, 7.65, -3.22),
-    HopperTile(64, 32, 256): _Cost(4.07, 8.19, 7.42, -5.80),
-    HopperTile(64, 64, 128): _Cost(4.58, 9.18, 7.94, -4.20),
-    HopperTile(128, 64, 128): _Cost(7.90, 19.55, 7.15, -8.83),
-    HopperTile(64, 128, 128): _Cost(4.98, 11.80, 8.38, 0.73),
-    HopperTile(64, 128, 64): _Cost(5.44, 12.33, 8.63, -1.38),
-    HopperTile(128, 128, 64): _Cost(10.24, 19.17, 13.63, -4.59),
-    HopperTile(64, 256, 64): _Cost(8.04, 18.58, 20.12, -7.10),
+    HopperTile(16, 256, across=1, deep=2): _Cost(1.49, 2.17),
+    HopperTile(32, 256, across=2, deep=1): _Cost(3.19, 2.25),
+    HopperTile(32, 128, across=1, deep=2): _Cost(2.01, 1.04),
+    HopperTile(64, 128, across=1, deep=2): _Cost(2.68, 0.44),
+    HopperTile(64, 64, across=2, deep=2): _Cost(4.47, 1.15),
+    HopperTile(128, 64, across=1, deep=2): _Cost(4.07, 0.76),
+    HopperTile(128, 64, across=2, deep=2): _Cost(6.2, 2.11),
+    HopperTile(128, 64, across=3, deep=1): _Cost(9.3, 1.74),
+    HopperTile(128, 64, across=4, deep=1): _Cost(11.75, 2.31),
+    HopperTile(256, 64, across=2, deep=1): _Cost(10.36, 2.76),
 }
 HOPPER_TILES = tuple(_HOPPER)
+_LAUNCH_US = 1.39
+_READ_MB_PER_US = 2.51
+_SPLIT_US = 1.95
+_PART_US_PER_MB = 0.48
+
 _HOPPER_RING_BYTES = 221 * 1024
 """Shared memory for stages; the rest of a program's 227 KiB holds barriers and the epilogue's scratch."""
 _HOPPER_MIN_TOKENS = {"linear": 17, "swiglu": 2}
@@ -148,17 +173,21 @@ def pick_hopper_tile(op: str, m: int, n: int, k: int, processors: int) -> Hopper
         replace(tile, split=split)
         for tile in _HOPPER
         for split in splits
-        if split * tile.block_k <= max(k, tile.block_k) and (tile.block_m <= 16) == (m <= 16)
+        if split * tile.deep * tile.block_k <= max(k, tile.deep * tile.block_k) and tile.block_m >= min(m, 64)
     ]
-    return min(candidates, key=lambda tile: _hopper_us(tile, m, n, k, processors), default=None)
+    return min(candidates, key=lambda tile: _hopper_us(tile, m, n, k, processors))
 
 
 def _hopper_us(tile: HopperTile, m: int, n: int, k: int, processors: int) -> float:
+    """Waves of tiles or reading the weight, whichever takes longer (a smooth maximum), and what a split adds."""
     cost = _HOPPER[replace(tile, split=1)]
-    units = -(-m // tile.block_m) * -(-n // (2 * tile.rows)) * tile.split
-    waves = -(-units // processors)
-    per_wave = cost.k * k / tile.split / 1024 + cost.wave
-    return waves * per_wave + cost.split * (tile.split > 1) + cost.fixed
+    tiles_m = -(-m // tile.block_m)
+    waves = -(-tiles_m * -(-n // tile.rows) * tile.split // processors)
+    computing = waves * (cost.k * k / tile.split / 1024 + cost.wave)
+    reading = n * k / 1e6 / _READ_MB_PER_US
+    parts_mb = 4 * tile.split * n * tiles_m * tile.block_m / 1e6
+    splitting = _SPLIT_US + _PART_US_PER_MB * parts_mb if tile.split > 1 else 0.0
+    return _LAUNCH_US + (computing**4 + reading**4) ** 0.25 + splitting
 
 
 @cache

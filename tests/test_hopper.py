@@ -43,7 +43,7 @@ def absolute(x, weight):
 @TILE_AND_DTYPE
 @pytest.mark.parametrize("shape", SHAPES)
 def test_linear(assert_matches, tile, split, shape, dtype):
-    if split * tile.block_k > shape[1]:
+    if split * tile.deep * tile.block_k > shape[1]:
         pytest.skip("K is shorter than the parts")
     for m in (1, tile.block_m, 2 * tile.block_m + 3):
         x, weight, bias = case(m, *shape, dtype, bias=True)
@@ -125,12 +125,13 @@ def test_the_chosen_tile_fits(op, m, n, k, processors):
     if tile is None:
         assert m <= 16
         return
-    ring = tile.stages * 2 * (tile.rows + tile.block_m) * tile.block_k
-    assert ring <= SHARED_MEMORY - 4096
+    ring = tile.stages * tile.deep * (tile.rows + 2 * tile.block_m) * tile.block_k
+    sums = 4 * (tile.deep - 1) * tile.rows * tile.block_m
+    assert ring + sums <= SHARED_MEMORY - 4096
     assert tile.stages >= 3
-    assert tile.split == 1 or (op == "linear" and tile.split * tile.block_k <= k)
+    assert tile.split == 1 or (op == "linear" and tile.split * tile.deep * tile.block_k <= k)
 
 
 def test_large_products_take_the_tile_with_the_most_reuse():
     tile = pick_hopper_tile("linear", 8192, 28672, 4096, 132)
-    assert tile == HopperTile(64, 256, 64)
+    assert tile == HopperTile(256, 64, across=2, deep=1)
