@@ -10,7 +10,7 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import rms_norm, silu
 
 FEW_TOKENS = 16
 """Up to this many tokens the int8-packed product is taken; beyond it, widening once pays."""
@@ -32,6 +32,12 @@ def swiglu(tokens: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     """[M, K] -> [M, I]; see `ops.swiglu`."""
     gate, up = linear(tokens, values, scale).chunk(2, dim=-1)
     return silu(gate) * up
+
+
+def add_rms_norm(tokens: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """[M, H]; see `ops.add_rms_norm`."""
+    total = tokens.clone() if residual is None else tokens + residual
+    return rms_norm(total, weight.shape, eps=eps) * weight, total
 
 
 def _packed_applies(tokens: Tensor, values: Tensor) -> bool:

@@ -89,7 +89,7 @@ def int8_linear(tokens: Tensor, values: Tensor, scale: Tensor, bias: Tensor | No
         tile = pick_tile("linear", M, N, K, tokens.element_size(), shared_memory_limit(tokens.device))
         common: dict[str, Any] = dict(HAS_BIAS=bias is not None, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k)
         common |= dict(EVEN_K=K % tile.block_k == 0, num_warps=tile.num_warps, num_stages=tile.num_stages)
-        common |= dependent_launch(tokens.device, tile)
+        common |= dependent_launch(tokens.device, tile.overlaps)
         if tile.block_m == 1:
             grid = (M, triton.cdiv(N, tile.block_n))
             _linear_one_token[grid](tokens, values, scale, bias, out, N, K, **common)

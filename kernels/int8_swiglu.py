@@ -103,7 +103,7 @@ def int8_swiglu(tokens: Tensor, values: Tensor, scale: Tensor) -> Tensor:
         tile = pick_tile("swiglu", M, N, K, tokens.element_size(), shared_memory_limit(tokens.device))
         common: dict[str, Any] = dict(BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, EVEN_K=K % tile.block_k == 0)
         common |= dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
-        common |= dependent_launch(tokens.device, tile)
+        common |= dependent_launch(tokens.device, tile.overlaps)
         outputs = tile.block_n // 2
         if tile.block_m == 1:
             _swiglu_one_token[(M, triton.cdiv(I, outputs))](tokens, values, scale, out, I, K, **common)

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from rowint8.kernels.tiles import HopperTile, TileConfig, hopper_processors, pick_hopper_tile
+from rowint8.kernels.tiles import HopperTile, hopper_processors, pick_hopper_tile
 
 _TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -23,15 +23,14 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.float32 if knobs.runtime.interpret else _TRITON_DTYPE[dtype]
 
 
-def dependent_launch(device: torch.device, tile: TileConfig) -> dict[str, Any]:
-    """Launch options: whether the kernel may be set up before the one in front of it has ended (9.0 and newer)."""
-    pdl = tile.overlaps and _launches_dependents(device)
-    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
-
-
 @cache
-def _launches_dependents(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+def dependent_launch(device: torch.device, wanted: bool = True) -> dict[str, Any]:
+    """Launch options: whether a kernel is set up while the one in front of it still runs (9.0 and newer).
+
+    Such a kernel must wait (`gdc_wait`) before it reads activations or writes anything.
+    """
+    pdl = wanted and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"PDL": pdl, "launch_pdl": pdl}
 
 
 def hopper_tile(op: str, tokens: Tensor, values: Tensor) -> HopperTile | None:

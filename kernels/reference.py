@@ -1,6 +1,6 @@
 """What the operators compute, in plain torch and in whatever dtype the inputs are widened to. Tests widen to fp64.
 
-Weights are an `Int8Weight` of shape [N, K]; activations have any leading dimensions [..., K].
+Weights of products are an `Int8Weight` of shape [N, K]; activations have any leading dimensions [..., K].
 """
 
 import torch
@@ -23,3 +23,15 @@ def swiglu(x: Tensor, weight: Int8Weight, dtype: torch.dtype = torch.float64) ->
     """
     gate, up = linear(x, weight, dtype=dtype).chunk(2, dim=-1)
     return silu(gate) * up
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """(total / sqrt(mean(total^2) + eps) * weight, total), total = x + residual: [..., H] in `dtype`, never rounded.
+
+    RMSNorm as in Zhang and Sennrich, "Root Mean Square Layer Normalization" (arXiv:1910.07467).
+    """
+    total = x.to(dtype) if residual is None else x.to(dtype) + residual.to(dtype)
+    mean_square = total.square().mean(-1, keepdim=True)
+    return total * torch.rsqrt(mean_square + eps) * weight.to(dtype), total

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from rowint8.kernels import ops, reference
 from rowint8.kernels.quantize import Int8Weight, quantize_rowwise
@@ -66,6 +67,47 @@ def test_empty_weights():
     assert torch.equal(out, bias.expand(3, 4))
 
 
+def norm_case(leading, h, dtype):
+    x, residual = torch.randn(2, *leading, h).to(dtype)
+    return x, residual, torch.randn(h).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("h", [1, 7, 576, 4096])
+@pytest.mark.parametrize("leading", [*LEADING, ()])
+def test_add_rms_norm_on_the_cpu(assert_matches, dtype, h, leading):
+    x, residual, weight = norm_case(leading, h, dtype)
+    normed, total = ops.add_rms_norm(x, residual, weight, 1e-5)
+    exact, exact_total = reference.add_rms_norm(x, residual, weight, 1e-5)
+    assert_matches(total, exact_total, exact_total)
+    # Rounding the sum moves each element and the root of their mean square; the normalized value is rounded as well.
+    assert_matches(normed, exact, exact, *[exact] * 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_rms_norm_has_the_bits_of_hugging_face(dtype):
+    x, residual, weight = norm_case((2, 17), 576, dtype)
+    layer = LlamaRMSNorm(576, eps=1e-5).to(dtype)
+    layer.weight.data.copy_(weight)
+    normed, total = ops.add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(normed, layer(x + residual))
+    normed, total = ops.add_rms_norm(x, None, weight, 1e-5)
+    assert torch.equal(total, x)
+    assert torch.equal(normed, layer(x))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_add_rms_norm_of_strided_tensors(device):
+    base = torch.randn(3, 2, 40, 9, device=device)
+    x, residual, weight = base[0].mT[..., ::2], base[1, :, :, 0], base[2, 0, ::2, 1]
+    residual = residual[:, None, ::2].expand(x.shape)
+    assert not any(t.is_contiguous() for t in (x, residual, weight))
+    out = ops.add_rms_norm(x, residual, weight, 1e-5)
+    copied = ops.add_rms_norm(x.contiguous(), residual.contiguous(), weight.contiguous(), 1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(out, copied, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("leading", [(1,), (2, 20)])
 def test_opcheck(dtype, leading):
@@ -73,13 +115,21 @@ def test_opcheck(dtype, leading):
     torch.library.opcheck(torch.ops.rowint8.linear.default, (x, *weight))
     torch.library.opcheck(torch.ops.rowint8.linear.default, (x, *weight, bias))
     torch.library.opcheck(torch.ops.rowint8.swiglu.default, (x, *weight))
+    x, residual, weight = norm_case(leading, 32, dtype)
+    torch.library.opcheck(torch.ops.rowint8.add_rms_norm.default, (x, residual, weight, 1e-5))
+    torch.library.opcheck(torch.ops.rowint8.add_rms_norm.default, (x, None, weight, 1e-5))
+    torch.library.opcheck(
+        torch.ops.rowint8.add_rms_norm.default, (x.mT, residual.mT, weight.new_ones(x.shape[-2]), 1e-5)
+    )
 
 
 def test_compiles_without_graph_breaks():
     x, weight, bias = case(24, 32, (5,), torch.float32, bias=True)
+    _, residual, norm = norm_case((5,), 32, torch.float32)
 
     def layer(x):
-        return ops.swiglu(ops.linear(x, *weight, bias)[:, :8].repeat(1, 4).relu(), *weight) + 1
+        normed, total = ops.add_rms_norm(x, residual, norm, 1e-5)
+        return ops.swiglu(ops.linear(normed, *weight, bias)[:, :8].repeat(1, 4).relu(), *weight) + total[:, :12]
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), layer(x))
@@ -110,3 +160,22 @@ def test_refuses_odd_swiglu_and_wrong_bias():
         ops.swiglu(x, *weight)
     with pytest.raises(ValueError, match=r"bias must be \[7\]"):
         ops.linear(x, *weight, torch.zeros(8))
+
+
+BAD_NORMS = [
+    ("float64", lambda x, r, w: (x.double(), r.double(), w.double()), "accepted are float32, bfloat16 and float16"),
+    ("scalar", lambda x, r, w: (x[0, 0], r[0, 0], w), "got a scalar"),
+    ("residual of another shape", lambda x, r, w: (x, r[:1], w), r"residual must be torch.float32 \[5, 32\]"),
+    ("residual of another dtype", lambda x, r, w: (x, r.half(), w), r"got torch.float16 \[5, 32\]"),
+    ("short weight", lambda x, r, w: (x, r, w[1:]), r"norm weight must be torch.float32 \[32\]"),
+    ("weight of another dtype", lambda x, r, w: (x, r, w.bfloat16()), r"got torch.bfloat16 \[32\]"),
+    ("weight [1, H]", lambda x, r, w: (x, None, w[None]), r"got torch.float32 \[1, 32\]"),
+    ("residual elsewhere", lambda x, r, w: (x, r.to("meta"), w), "activations are on cpu"),
+    ("weight elsewhere", lambda x, r, w: (x, None, w.to("meta")), "activations are on cpu"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [c[1:] for c in BAD_NORMS], ids=[c[0] for c in BAD_NORMS])
+def test_add_rms_norm_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ops.add_rms_norm(*arguments(*norm_case((5,), 32, torch.float32)), 1e-5)
