@@ -1,0 +1,30 @@
+"""Launches each kernel once on a small case with awkward sizes, for compute-sanitizer (`make sanitize`)."""
+
+import torch
+
+from rowint8.kernels import ops
+from rowint8.kernels.hopper_product import hopper_product
+from rowint8.kernels.quantize import quantize_rowwise
+from rowint8.kernels.tiles import HOPPER_TILES, hopper_processors
+
+HIDDEN = 1040
+weight = quantize_rowwise(torch.randn(336, HIDDEN, device="cuda"))
+bias = torch.randn(336, device="cuda", dtype=torch.bfloat16)
+
+
+def tokens(m: int) -> torch.Tensor:
+    return torch.randn(m, HIDDEN, device="cuda", dtype=torch.bfloat16)
+
+
+for m in (1, 5, 70, 300):
+    print("linear and swiglu", m, flush=True)
+    ops.linear(tokens(m), *weight, bias)
+    ops.swiglu(tokens(m), *weight)
+if hopper_processors(torch.device("cuda")):
+    for tile in HOPPER_TILES:
+        print(tile, flush=True)
+        hopper_product(tokens(tile.block_m + 3), *weight, None, tile, fused=True)
+for m in (3, 600):
+    print("add_rms_norm", m, flush=True)
+    ops.add_rms_norm(tokens(m), tokens(m), torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16), 1e-5)
+torch.cuda.synchronize()
