@@ -143,14 +143,14 @@ def _widened(w_ring, x_ring, full, it, CONSUMER: gl.constexpr, config: gl.conste
     BLOCK_K: gl.constexpr = config.block_k
     STAGES: gl.constexpr = config.stages
     CONSUMERS: gl.constexpr = config.across * config.deep
-    OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=2)
     SWIZZLE: gl.constexpr = w_ring.layout.swizzle_byte_width
     mbarrier.wait(full.index(it % STAGES), (it // STAGES) & 1)
     w = w_ring.index(it % STAGES * CONSUMERS + CONSUMER)
-    if x_ring.dtype == gl.bfloat16:
-        pairs = _reinterpret(w, gl.int16, [ROWS, BLOCK_K // 2], gl.NVMMASharedLayout(SWIZZLE, 16, 2))
-        return _bf16_pairs(pairs.load(gl.DotOperandLayout(0, ACC, k_width=1)), OPERAND)
-    return _reinterpret(w, gl.int8, [ROWS, BLOCK_K], gl.NVMMASharedLayout(SWIZZLE, 8, 2)).load(OPERAND).to(x_ring.dtype)
+    ring = _reinterpret(w, gl.int16, [ROWS, BLOCK_K // 2], gl.NVMMASharedLayout(SWIZZLE, 16, 2))
+    pairs = ring.load(gl.DotOperandLayout(0, ACC, k_width=1))
+    low, high = _bf16_pair(pairs) if x_ring.dtype == gl.bfloat16 else _fp16_pair(pairs)
+    both = gl.join(low, high).reshape([ROWS, BLOCK_K])
+    return gl.convert_layout(both, gl.DotOperandLayout(0, ACC, k_width=2), assert_trivial=True)
 
 
 @gluon.jit
@@ -171,13 +171,13 @@ def _taken_over(sums, summed, taken, turn, place: gl.constexpr, ACC: gl.constexp
 
 
 @gluon.jit
-def _bf16_pairs(pairs, OPERAND: gl.constexpr):
-    """[R, K / 2] pairs of INT8 values as int16 -> [R, K] bf16, exactly.
+def _bf16_pair(pairs):
+    """Two INT8 values in an int16 -> (low, high) in bf16, exactly.
 
     bf16 holds 128 + the low seven bits in its mantissa; what is taken off is 128, or 256 where the sign bit is set.
     Two values share each of four instructions.
     """
-    low, high = gl.inline_asm_elementwise(
+    return gl.inline_asm_elementwise(
         """{
             .reg .b32 v, offset;
             cvt.u32.u16 v, $2;
@@ -193,8 +193,30 @@ def _bf16_pairs(pairs, OPERAND: gl.constexpr):
         is_pure=True,
         pack=1,
     )
-    both = gl.join(low, high).reshape([pairs.shape[0], pairs.shape[1] * 2])
-    return gl.convert_layout(both, OPERAND, assert_trivial=True)
+
+
+@gluon.jit
+def _fp16_pair(pairs):
+    """Two INT8 values in an int16 -> (low, high) in fp16, exactly.
+
+    fp16 has room for all eight bits: 1024 + (value + 128), where adding 128 flips the sign bit; then 1152 comes off.
+    """
+    return gl.inline_asm_elementwise(
+        """{
+            .reg .b32 v, offset;
+            cvt.u32.u16 v, $2;
+            prmt.b32 v, v, 0x6464, 0x4140;
+            xor.b32 v, v, 0x00800080;
+            mov.b32 offset, 0x64806480;
+            sub.rn.f16x2 v, v, offset;
+            mov.b32 {$0, $1}, v;
+        }""",
+        "=h,=h,h",
+        [pairs],
+        dtype=(gl.float16, gl.float16),
+        is_pure=True,
+        pack=1,
+    )
 
 
 @gluon.jit

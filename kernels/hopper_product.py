@@ -9,10 +9,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from rowint8.kernels.hopper import Config, hopper_kernel
-from rowint8.kernels.launch import dependent_launch
 from rowint8.kernels.tiles import CONSUMER_ROWS, HopperTile, hopper_processors
 
 _GLUON_DTYPE = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -33,12 +31,8 @@ def _add_parts(
     HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Grid (cdiv(N, BLOCK_N), cdiv(M, BLOCK_M)): out[M, N] from parts [SPLIT, padded_n, padded_m], in order."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = (n < N)[:, None] & (m < M)[None, :]
@@ -98,7 +92,6 @@ def add_parts(parts: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) ->
     M, N = out.shape
     split, padded_n, padded_m = parts.shape
     constants: dict[str, Any] = dict(SPLIT=split, HAS_BIAS=bias is not None, BLOCK_M=32, BLOCK_N=32)
-    constants |= dependent_launch(out.device)
     grid = (triton.cdiv(N, 32), triton.cdiv(M, 32))
     _add_parts[grid](parts, scale, bias, out, M, N, padded_m, padded_n, **constants)
 

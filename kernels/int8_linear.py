@@ -66,7 +66,7 @@ def _linear_many_tokens(
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(n, N - 1).to(tl.int64)
     if PDL:
-        overlap_previous(values, rows, K, BLOCK_N, BLOCK_K)
+        overlap_previous(values, rows, K, BLOCK_N, 2 * BLOCK_K)
     acc = dot_product(x, values, rows, tokens, M, K, BLOCK_N, BLOCK_M, BLOCK_K, SLICES, EVEN_K, DOT)  # [BN, BM]
     acc *= tl.load(scale + rows).to(tl.float32)[:, None]
     if HAS_BIAS:

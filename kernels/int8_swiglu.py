@@ -77,7 +77,7 @@ def _swiglu_many_tokens(
     tokens = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = _paired_rows(pid_n, I, BLOCK_N)
     if PDL:
-        overlap_previous(values, rows, K, BLOCK_N, BLOCK_K)
+        overlap_previous(values, rows, K, BLOCK_N, 2 * BLOCK_K)
     acc = dot_product(x, values, rows, tokens, M, K, BLOCK_N, BLOCK_M, BLOCK_K, SLICES, EVEN_K, DOT)  # [BN, BM]
     acc *= tl.load(scale + rows).to(tl.float32)[:, None]
     pairs = tl.permute(tl.reshape(acc, [BLOCK_N // 2, 2, BLOCK_M]), [0, 2, 1])  # [BN / 2, BM, 2]

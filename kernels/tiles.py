@@ -38,14 +38,14 @@ class TileConfig:
 WIDE_N = 16384
 """From this many rows on, one wave of large tiles fills the card; below it, smaller tiles do better."""
 
-_ONE_TOKEN = {
-    "long": TileConfig(1, 2, 2048, 4, 2, overlaps=True),
-    "short": TileConfig(1, 2, 1024, 2, 3, overlaps=True),
-}
-_LONG_K = 8192
 _ONE_WAVE_N = 4224
 """Up to here blocks of 16 rows run at once, two on each of 132 multiprocessors."""
-_FEW_TOKENS = TileConfig(16, 16, 512, 4, 4, slices=4)
+
+_ONE_TOKEN = TileConfig(1, 2, 1024, 2, 1, overlaps=True)
+_ONE_TOKEN_WIDE = TileConfig(1, 2, 512, 1, 1, overlaps=True)
+_ONE_TOKEN_MIDDLE = TileConfig(1, 1, 2048, 2, 2, overlaps=True)
+_FEW_TOKENS = TileConfig(16, 16, 512, 4, 5, slices=4, overlaps=True)
+_FEW_TOKENS_MIDDLE = TileConfig(16, 16, 512, 4, 4, slices=4, overlaps=True)
 
 # (up to this many tokens, tile for a wide weight, tile for a narrow one)
 _LINEAR = (
@@ -73,10 +73,13 @@ def pick_tile(op: str, m: int, n: int, k: int, itemsize: int, shared_memory: int
         itemsize: bytes of one activation.
         shared_memory: bytes that one program may use on this card; see `shared_memory_limit`.
     """
+    middle = _ONE_WAVE_N < n < WIDE_N
+    if m == 1 and middle and op == "linear":
+        return _ONE_TOKEN_MIDDLE
     if m == 1:
-        return _ONE_TOKEN["long" if k >= _LONG_K else "short"]
-    if m <= 16 and _ONE_WAVE_N < n < WIDE_N:
-        return _fit(replace(_FEW_TOKENS, overlaps=True), itemsize, shared_memory)
+        return _ONE_TOKEN_WIDE if n >= WIDE_N else _ONE_TOKEN
+    if m <= 16 and middle:
+        return _fit(_FEW_TOKENS_MIDDLE, itemsize, shared_memory)
     for max_m, wide, narrow in _SWIGLU if op == "swiglu" else _LINEAR:
         if m <= max_m:
             return _fit(wide if n >= WIDE_N else narrow, itemsize, shared_memory)

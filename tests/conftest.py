@@ -64,7 +64,9 @@ def poison_empty(monkeypatch):
 
     def poisoned(*args, **kwargs):
         out = plain(*args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
+        if out.is_floating_point():
+            out.detach().fill_(float("nan"))
+        return out
 
     monkeypatch.setattr(torch, "empty", poisoned)
 
