@@ -33,24 +33,26 @@ def overlap_previous(values, rows, K, BLOCK_N: tl.constexpr, BYTES: tl.constexpr
 def _widened(w, DOT: tl.constexpr):
     """INT8 values in DOT, exactly. To fp16 the compiler converts one by one; 1024 + (value + 128) is put together from
     bytes, four at a time, and 1152 comes off."""
-    if DOT != tl.float16:  # noqa: SIM300
-        return w.to(DOT)
-    return tl.inline_asm_elementwise(
-        """{
-            .reg .b32 v, offset;
-            xor.b32 v, $2, 0x80808080;
-            mov.b32 offset, 0x64806480;
-            prmt.b32 $0, v, 0x6464, 0x4140;
-            prmt.b32 $1, v, 0x6464, 0x4342;
-            sub.rn.f16x2 $0, $0, offset;
-            sub.rn.f16x2 $1, $1, offset;
-        }""",
-        "=r,=r,r",
-        [w],
-        dtype=tl.float16,
-        is_pure=True,
-        pack=4,
-    )
+    if DOT == tl.float16:  # noqa: SIM300
+        wide = tl.inline_asm_elementwise(
+            """{
+                .reg .b32 v, offset;
+                xor.b32 v, $2, 0x80808080;
+                mov.b32 offset, 0x64806480;
+                prmt.b32 $0, v, 0x6464, 0x4140;
+                prmt.b32 $1, v, 0x6464, 0x4342;
+                sub.rn.f16x2 $0, $0, offset;
+                sub.rn.f16x2 $1, $1, offset;
+            }""",
+            "=r,=r,r",
+            [w],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        wide = w.to(DOT)
+    return wide
 
 
 @triton.jit
@@ -75,7 +77,26 @@ def dot_product(
     SLICES of K, each of BLOCK_K / SLICES, then go to different warps, whose sums are added at the end.
     """
     if SLICES > 1:
-        return _sliced_dot_product(x, values, rows, tokens, M, K, BLOCK_N, BLOCK_M, BLOCK_K, SLICES, EVEN_K, DOT)
+        acc = _sliced_dot_product(x, values, rows, tokens, M, K, BLOCK_N, BLOCK_M, BLOCK_K, SLICES, EVEN_K, DOT)
+    else:
+        acc = _plain_dot_product(x, values, rows, tokens, M, K, BLOCK_N, BLOCK_M, BLOCK_K, EVEN_K, DOT)
+    return acc
+
+
+@triton.jit
+def _plain_dot_product(
+    x,
+    values,
+    rows,
+    tokens,
+    M,
+    K,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    DOT: tl.constexpr,
+):
     ks = tl.arange(0, BLOCK_K)
     w_ptrs = values + rows[:, None] * K + ks[None, :]  # [BN, BK]
     x_ptrs = x + tokens[None, :] * K + ks[:, None]  # [BK, BM]
