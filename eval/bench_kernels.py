@@ -1,174 +1,228 @@
-"""Kernel times on a CUDA GPU: the operators of this project beside cuBLAS in bf16, over shapes and numbers of tokens.
+"""Kernel times on a CUDA GPU: the operators of this project beside cuBLAS, other INT8 kernels and torch.compile.
 
-A call's time is that of one kernel in a CUDA graph of many calls, so launch gaps do not count. The calls rotate over
-copies of the weight that together exceed the L2 cache several times, as the layers of a model do. A graph is replayed
-seven times; the median counts and the spread is (slowest - fastest) / median.
+The calls of a product rotate over copies of the weight that together exceed the L2 cache several times, as the layers
+of a model do. `add_rms_norm` finds the same activations in L2 on every call, as between the layers of a model, where
+they are few enough. `rowint8.eval.bench_timing` says how a call is timed.
+
+What an entry of a row's `us` is:
+
+    rowint8, cublas_bf16 (cublas_fp16)  this project's operator; the dense weight in the activations' dtype
+    marlin, machete, gemlite, humming   other W8A16 kernels, in `linear` rows
+    unfused, cublas_...                 in `swiglu` rows: the product, then torch's SiLU and product, two kernels
+    ..._vllm                            in `swiglu` rows: a product, then vLLM's `silu_and_mul`; unfused_vllm is ours
+    eager, compiled...                  the operator in plain torch (`bench_candidates`), as it is or by torch.compile
+    vllm                                in `add_rms_norm` rows: vLLM's `fused_add_rms_norm`
 """
 
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
-from torch.nn.functional import silu
 
-from rowint8.baseline_engine.metrics import speedup
+from rowint8.eval import bench_candidates as plain
 from rowint8.eval import kernel_peers
-from rowint8.eval.console import compact_table
+from rowint8.eval.bench_budget import Budget
+from rowint8.eval.bench_compile import MODES, compile_logged
+from rowint8.eval.bench_gemlite import compile_ahead
+from rowint8.eval.bench_shapes import Op, Shape
+from rowint8.eval.bench_timing import Call, graph_us
 from rowint8.eval.kernel_peers import Product
-from rowint8.eval.schema import Ceilings, KernelRow
+from rowint8.eval.schema import Compilation, KernelRow
 from rowint8.kernels import ops
-from rowint8.kernels.quantize import Int8Weight, quantize_rowwise
+from rowint8.kernels.quantize import quantize_rowwise
 
-SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
-"""[N, K] of Llama-3.1-8B's linear layers, q, k, v and gate, up stacked."""
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-REPLAYS = 7
+READY_S: dict[str, float] = {
+    "marlin": 60,
+    "machete": 30,
+    "gemlite": 110,
+    "humming": 400,
+    "vllm": 40,
+    "compiled": 60,
+    "compiled_max_autotune": 100,
+}
+"""Seconds each may spend in a run on packing weights, compiling and tuning; see `Budget`."""
+
+_CUBLAS = {torch.bfloat16: "cublas_bf16", torch.float16: "cublas_fp16"}
 _ROTATE_BYTES = 512 << 20
-_MATMUL = 8192
-_READ_BYTES = 4 << 30
+_NORM_CALLS = 20
+_AGREE = 0.02
 
-Call = Callable[[], Tensor]
-
-
-def graph_us(calls: Sequence[Call]) -> tuple[float, float]:
-    """(median, spread) of one call in microseconds; all calls are captured into one graph, in order."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times = [_replay_us(graph) / len(calls) for _ in range(REPLAYS)]
-    median = statistics.median(times)
-    return median, (max(times) - min(times)) / median
+Candidates = dict[str, list[Call]]
+"""Name to the calls that are timed one after the other: one per copy of the weight."""
 
 
-def _replay_us(graph: torch.cuda.CUDAGraph) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1000
+class KernelBench:
+    """Times the operators over shapes and numbers of tokens.
 
-
-def measure_ceilings() -> Ceilings:
-    """What this card does at best: bytes read by a reduction over 4 GiB, and a square bf16 product."""
-    data = torch.ones(_READ_BYTES // 4, device="cuda")
-    read_us, _ = graph_us([data.sum])
-    a, b = (torch.randn(_MATMUL, _MATMUL, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    matmul_us, _ = graph_us([lambda: a @ b] * 3)
-    return Ceilings(read_tb_s=_READ_BYTES / read_us / 1e6, bf16_tflop_s=2 * _MATMUL**3 / matmul_us / 1e6)
-
-
-def bench(
-    shapes: Sequence[str], tokens: Sequence[int], announce: Callable[[str], None], peers: bool = False
-) -> Iterator[KernelRow]:
-    """Times `linear` for every shape and number of tokens, and `swiglu` for gate_up.
-
-    With `peers`, also the 8-bit products of `kernel_peers` that are installed; `announce` is told which are not.
+    Args:
+        dtype: of the activations, bf16 or fp16.
+        announce: is told who is left out and why, and how long the others took to get ready.
+        peers: names in `kernel_peers.PEERS`; with any, also vLLM's small kernels.
+        compiled: names in `bench_compile.MODES` that the products are compiled by; with any, also eager mode.
+        ready_s, device, timer: for tests.
     """
-    for shape in shapes:
-        announce(shape)
-        n, k = SHAPES[shape]
-        dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * k**-0.5 for _ in range(_copies(n, k))]
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        announce: Callable[[str], None],
+        peers: Sequence[str] = (),
+        compiled: Sequence[str] = (),
+        ready_s: Mapping[str, float] = READY_S,
+        device: str = "cuda",
+        timer: Callable[[Sequence[Call]], tuple[float, float]] = graph_us,
+    ) -> None:
+        self._dtype, self._device, self._timer = dtype, device, timer
+        self._announce = announce
+        self._peers, self._compiled = peers, compiled
+        self._budget = Budget(ready_s, announce)
+        self._vllm = False
+
+    def rows(self, shapes: Sequence[Shape], tokens: Sequence[int]) -> Iterator[KernelRow]:
+        """A row for every operator of every shape and number of tokens, as soon as it is measured."""
+        products = [shape for shape in shapes if "linear" in shape.ops]
+        self._vllm = bool(self._peers and self._budget.run("vllm", kernel_peers.load_vllm))
+        if "gemlite" in self._peers and products:
+            sizes, seconds = [shape[1:3] for shape in products], self._budget.left_s("gemlite") / 2
+            self._budget.run("gemlite", partial(compile_ahead, sizes, tokens, self._dtype, seconds))
+        for shape in shapes:
+            yield from (self._product_rows if shape in products else self._norm_rows)(shape, tokens)
+
+    def _product_rows(self, shape: Shape, tokens: Sequence[int]) -> Iterator[KernelRow]:
+        dense = [self._random(shape.n, shape.k) * shape.k**-0.5 for _ in range(_copies(shape.n, shape.k))]
         int8 = [quantize_rowwise(weight) for weight in dense]
-        products = _peer_products(k, int8, announce) if peers else {}
+        made = {name: self._made(name, shape, int8) for name in self._peers}
         for m in tokens:
-            x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-            others = {name: [partial(call, x) for call in calls] for name, calls in products.items()}
-            yield _row("linear", shape, m, linear_candidates(x, dense, int8) | others)
-            if shape == "gate_up":
-                yield _row("swiglu", shape, m, swiglu_candidates(x, dense, int8, peers))
+            x = self._random(m, shape.k)
+            reference = ops.linear(x, *int8[0])
+            calls = {name: [partial(product, x) for product in products] for name, products in made.items()}
+            peers = {name: calls[name] for name in calls if self._is_ready(name, calls[name], reference)}
+            candidates: Candidates = {
+                "rowint8": [partial(ops.linear, x, *w) for w in int8],
+                _CUBLAS[self._dtype]: [partial(dense_linear, x, w) for w in dense],
+            }
+            by_torch, facts = self._by_torch(plain.linear, [(x, *w) for w in int8], reference, self._compiled)
+            yield self._row("linear", shape, m, candidates | peers | by_torch, facts)
+            if "swiglu" in shape.ops:
+                candidates = self._swiglu_candidates(x, dense, int8, peers)
+                reference = ops.swiglu(x, *int8[0])
+                by_torch, facts = self._by_torch(plain.swiglu, [(x, *w) for w in int8], reference, self._compiled)
+                yield self._row("swiglu", shape, m, candidates | by_torch, facts)
+
+    def _made(self, name: str, shape: Shape, int8: Sequence) -> list[Product]:
+        make = kernel_peers.PEERS[name]
+        start = time.perf_counter()
+        made = self._budget.run(name, lambda: self._finished([make(w, self._dtype) for w in int8]))
+        if made:
+            seconds = time.perf_counter() - start
+            self._announce(f"{name}: packed {len(made)} copies of {shape.name} in {seconds:.1f} s")
+        return made or []
+
+    def _swiglu_candidates(self, x: Tensor, dense: list[Tensor], int8: list, peers: Candidates) -> Candidates:
+        unfused = {
+            "unfused": [partial(ops.linear, x, *w) for w in int8],
+            _CUBLAS[self._dtype]: [partial(dense_linear, x, w) for w in dense],
+        }
+        candidates: Candidates = {"rowint8": [partial(ops.swiglu, x, *w) for w in int8]}
+        candidates |= _followed_by(plain.silu_and_mul, unfused)
+        if self._vllm:
+            by_vllm = _followed_by(kernel_peers.silu_and_mul, unfused | peers)
+            candidates |= {f"{name}_vllm": calls for name, calls in by_vllm.items()}
+        return candidates
+
+    def _norm_rows(self, shape: Shape, tokens: Sequence[int]) -> Iterator[KernelRow]:
+        for m in tokens:
+            x, residual = self._random(m, shape.n), self._random(m, shape.n)
+            weight = self._random(shape.n)
+            candidates: Candidates = {
+                "rowint8": [partial(ops.add_rms_norm, x, residual, weight, plain.EPS)] * _NORM_CALLS
+            }
+            reference = ops.add_rms_norm(x, residual, weight, plain.EPS)
+            if self._vllm:
+                in_place = partial(kernel_peers.add_rms_norm, x.clone(), residual.clone(), weight, plain.EPS)
+                if self._is_ready("vllm", [in_place], reference):
+                    candidates["vllm"] = [in_place] * _NORM_CALLS
+            arguments = [(x, residual, weight)] * _NORM_CALLS
+            by_torch, facts = self._by_torch(plain.add_rms_norm, arguments, reference, ["compiled"])
+            yield self._row("add_rms_norm", shape, m, candidates | by_torch, facts)
+
+    def _by_torch(
+        self, expression: Callable, arguments: Sequence[tuple], reference: Any, modes: Sequence[str]
+    ) -> tuple[Candidates, dict[str, Compilation]]:
+        """`expression` in eager mode and compiled, called with each of `arguments`; nothing without modes."""
+
+        def compiled(mode: str) -> tuple[Callable, Compilation | None]:
+            function, out, fact = compile_logged(expression, arguments[0], MODES[mode])
+            check_agrees(self._finished(out), reference)
+            return function, fact
+
+        if not modes:
+            return {}, {}
+        torch._dynamo.reset()  # every size is compiled anew, and there is a limit on how many one function may have
+        functions, facts = {"eager": expression}, {}
+        for mode in modes:
+            if made := self._budget.run(mode, partial(compiled, mode)):
+                functions[mode] = made[0]
+                facts |= {mode: made[1]} if made[1] else {}
+        return {name: [partial(call, *given) for given in arguments] for name, call in functions.items()}, facts
+
+    def _row(self, op: Op, shape: Shape, m: int, candidates: Candidates, facts: dict[str, Compilation]) -> KernelRow:
+        timed = {name: self._time(name, calls) for name, calls in candidates.items()}
+        measured = {name: times for name, times in timed.items() if times}
+        return KernelRow(
+            op=op,
+            shape=shape.name,
+            dtype="bfloat16" if self._dtype == torch.bfloat16 else "float16",
+            M=m,
+            N=shape.n,
+            K=shape.k,
+            us={name: median for name, (median, _) in measured.items()},
+            spread={name: spread for name, (_, spread) in measured.items()},
+            compiler=facts or None,
+        )
+
+    def _time(self, name: str, calls: list[Call]) -> tuple[float, float] | None:
+        """(median, spread) in microseconds; None where others cannot be captured or run out of memory."""
+        work = partial(self._timer, calls)
+        return self._budget.attempt(name, work) if name in self._budget else work()
+
+    def _is_ready(self, name: str, calls: list[Call], reference: Any) -> bool:
+        """Whether the first call, which may tune itself, ends within the budget and computes what it should."""
+        return bool(calls) and bool(self._budget.run(name, lambda: check_agrees(self._finished(calls[0]()), reference)))
+
+    def _finished(self, result: Any) -> Any:
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    def _random(self, *size: int) -> Tensor:
+        return torch.randn(*size, device=self._device, dtype=self._dtype)
 
 
-def _peer_products(k: int, int8: list[Int8Weight], announce: Callable[[str], None]) -> dict[str, list[Product]]:
-    x = torch.randn(16, k, device="cuda", dtype=torch.bfloat16)
-    products, absent = kernel_peers.prepare(x, int8, ops.linear(x, *int8[0]))
-    for name, reason in absent.items():
-        announce(f"without {name}: {reason}")
-    return products
+def check_agrees(out: Any, reference: Any) -> bool:
+    """True.
+
+    Raises:
+        ValueError: the first results differ by more than the rounding of a 16-bit intermediate explains.
+    """
+    first, expected = (each[0] if isinstance(each, tuple) else each for each in (out, reference))
+    error = float((first.float() - expected.float()).norm() / expected.float().norm())
+    if not error < _AGREE:
+        raise ValueError(f"it computes something else: relative difference {error:.3f}")
+    return True
 
 
-def linear_candidates(x: Tensor, dense: list[Tensor], int8: list[Int8Weight]) -> dict[str, list[Call]]:
-    """Name to one call per copy of the weight."""
-    return {
-        "rowint8": [lambda w=w: ops.linear(x, *w) for w in int8],
-        "cublas_bf16": [lambda w=w: dense_linear(x, w) for w in dense],
-    }
+def _followed_by(activation: Callable[[Tensor], Tensor], products: Candidates) -> Candidates:
+    return {name: [partial(_chain, call, activation) for call in calls] for name, calls in products.items()}
 
 
-def swiglu_candidates(x: Tensor, dense: list[Tensor], int8: list[Int8Weight], peers: bool) -> dict[str, list[Call]]:
-    """Name to one call per copy of the weight. With `peers`, the unfused products end in vLLM's activation kernel."""
-    activation = kernel_peers.vllm_silu_and_mul if peers else _silu_and_mul
-    return {
-        "rowint8": [lambda w=w: ops.swiglu(x, *w) for w in int8],
-        "unfused": [lambda w=w: activation(ops.linear(x, *w)) for w in int8],
-        "cublas_bf16": [lambda w=w: activation(dense_linear(x, w)) for w in dense],
-    }
+def _chain(call: Call, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    return activation(call())
 
 
 def _copies(n: int, k: int) -> int:
     return max(2, min(32, _ROTATE_BYTES // (n * k)))
-
-
-def _silu_and_mul(gate_up: Tensor) -> Tensor:
-    """Two of torch's kernels."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return silu(gate) * up
-
-
-def _row(op: Literal["linear", "swiglu"], shape: str, m: int, candidates: dict[str, list[Call]]) -> KernelRow:
-    n, k = SHAPES[shape]
-    timed = {name: graph_us(calls) for name, calls in candidates.items()}
-    return KernelRow(
-        op=op,
-        shape=shape,
-        M=m,
-        N=n,
-        K=k,
-        us={name: median for name, (median, _) in timed.items()},
-        spread={name: spread for name, (_, spread) in timed.items()},
-    )
-
-
-def limit_us(row: KernelRow, ceilings: Ceilings) -> float:
-    """The least time that the card allows: the INT8 weight read once or the products done, whichever is longer."""
-    reading = (row.N * row.K + 2 * row.N + 2 * row.M * row.K) / (ceilings.read_tb_s * 1e6)
-    computing = 2 * row.M * row.N * row.K / (ceilings.bf16_tflop_s * 1e6)
-    return max(reading, computing)
-
-
-def kernel_table(rows: Sequence[KernelRow], ceilings: Ceilings) -> Table:
-    """One line a row: times, achieved bandwidth and rate, the share of the limit, the speedup over the best other."""
-    table = compact_table(
-        "microseconds a call, bf16 activations",
-        f"read ceiling {ceilings.read_tb_s:.2f} TB/s, bf16 product {ceilings.bf16_tflop_s:.0f} TFLOP/s; "
-        "of limit: the longer of reading and computing at those ceilings / time; speedup: over the best other",
-    )
-    for heading in ("op", "shape"):
-        table.add_column(heading)
-    others = [name for name in dict.fromkeys(name for row in rows for name in row.us) if name != "rowint8"]
-    for heading in ("M", "rowint8", *others, "speedup", "GB/s", "TFLOP/s", "of limit"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        ours = row.us["rowint8"]
-        table.add_row(
-            row.op,
-            row.shape,
-            str(row.M),
-            f"{ours:.1f}",
-            *(f"{row.us[name]:.1f}" if name in row.us else "" for name in others),
-            f"{speedup(min(us for name, us in row.us.items() if name != 'rowint8'), ours):.2f}x",
-            f"{row.N * row.K / ours / 1e3:.0f}",
-            f"{2 * row.M * row.N * row.K / ours / 1e6:.1f}",
-            f"{limit_us(row, ceilings) / ours:.0%}",
-        )
-    return table

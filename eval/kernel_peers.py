@@ -1,6 +1,6 @@
-"""Other 8-bit weight-only products on the same weights, where they are installed: Marlin, Machete, gemlite.
+"""Other 8-bit weight-only products on the same weights, and vLLM's small kernels, where they are installed.
 
-Marlin and Machete are called as vLLM 0.26 does it; elsewhere their signatures may differ, and they count as absent.
+Marlin, Machete and the small kernels are called as vLLM 0.26 calls them; elsewhere their signatures may differ.
 """
 
 from collections.abc import Callable
@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rowint8.eval.errors import EvalError
-from rowint8.kernels.quantize import Int8Weight
+from rowint8.eval.bench_gemlite import gemlite
+from rowint8.kernels.quantize import Int8Weight, dequantize
 
 Product = Callable[[Tensor], Tensor]
-"""bf16 [M, K] -> [M, N]."""
+"""[M, K] -> [M, N] in the dtype that it was made for."""
 
 
-def marlin(weight: Int8Weight) -> Product:
+def marlin(weight: Int8Weight, dtype: torch.dtype) -> Product:
     """vLLM's Marlin W8A16, one scale a row."""
     from vllm import _custom_ops
     from vllm.model_executor.layers.quantization.utils import marlin_utils
@@ -25,71 +25,80 @@ def marlin(weight: Int8Weight) -> Product:
     ops: Any = _custom_ops
     n, k = weight.values.shape
     empty = torch.empty(0, dtype=torch.int32, device="cuda")
-    packed = ops.gptq_marlin_repack(_packed(weight.values), empty, k, n, 8)
-    scale = marlin_utils.marlin_permute_scales(_scale_row(weight), k, n, -1)
+    packed = ops.gptq_marlin_repack(_packed(weight.values), perm=empty, size_k=k, size_n=n, num_bits=8)
+    scale = marlin_utils.marlin_permute_scales(_scale_row(weight, dtype), size_k=k, size_n=n, group_size=-1)
     workspace = marlin_utils.marlin_make_workspace_new(torch.device("cuda"))
     apply: Any = marlin_utils.apply_gptq_marlin_linear
-    kind = scalar_types.uint8b128
-    return lambda x: apply(x, packed, scale, empty, empty, empty, workspace, kind, n, k, True)
+    fixed: dict[str, Any] = dict(
+        weight=packed,
+        weight_scale=scale,
+        weight_zp=empty,
+        g_idx=empty,
+        g_idx_sort_indices=empty,
+        workspace=workspace,
+        wtype=scalar_types.uint8b128,
+        output_size_per_partition=n,
+        input_size_per_partition=k,
+        is_k_full=True,
+    )
+    return lambda x: apply(x, **fixed)
 
 
-def machete(weight: Int8Weight) -> Product:
+def machete(weight: Int8Weight, dtype: torch.dtype) -> Product:
     """vLLM's Machete W8A16, one scale a row; Hopper only."""
     from vllm import _custom_ops as ops
     from vllm.scalar_type import scalar_types
 
-    kind, bf16 = scalar_types.uint8b128, torch.bfloat16
-    packed = ops.machete_prepack_B(_packed(weight.values).t().contiguous().t(), bf16, kind, bf16)
-    scale = _scale_row(weight)
-    return lambda x: ops.machete_mm(x, packed, kind, b_group_scales=scale, b_group_size=-1)
+    kind = scalar_types.uint8b128
+    columns = _packed(weight.values).t().contiguous().t()
+    packed = ops.machete_prepack_B(columns, a_type=dtype, b_type=kind, group_scales_type=dtype)
+    scale = _scale_row(weight, dtype)
+    return lambda x: ops.machete_mm(a=x, b_q=packed, b_type=kind, b_group_scales=scale, b_group_size=-1)
 
 
-def gemlite(weight: Int8Weight) -> Product:
-    """gemlite's A16W8, one scale a row."""
-    from gemlite.helper import A16W8_INT8  # type: ignore[import-not-found]
+def humming(weight: Int8Weight, dtype: torch.dtype) -> Product:
+    """Humming's W8A16, one scale a row, with the tile of its own heuristic, compiled when it first meets an M."""
+    from humming.layer import HummingLayer  # type: ignore[import-not-found]
+    from humming.tune import get_heuristics_config  # type: ignore[import-not-found]
 
-    return A16W8_INT8(device="cuda:0").from_weights(weight.values, scales=weight.scale.bfloat16()[:, None])
-
-
-PEERS: dict[str, Callable[[Int8Weight], Product]] = {"marlin": marlin, "machete": machete, "gemlite": gemlite}
-
-
-def prepare(x: Tensor, weights: list[Int8Weight], reference: Tensor) -> tuple[dict[str, list[Product]], dict[str, str]]:
-    """Each peer's product for each copy of the weight, and why the others are absent.
-
-    Args:
-        reference: [M, N] of the first weight with x [M, K]; every peer must agree with it.
-
-    Raises:
-        EvalError: a peer computes something else.
-    """
-    products: dict[str, list[Product]] = {}
-    absent: dict[str, str] = {}
-    for name, make in PEERS.items():
-        try:
-            products[name] = [make(weight) for weight in weights]
-            out = products[name][0](x)
-        except (ImportError, AttributeError, TypeError, RuntimeError) as error:
-            products.pop(name, None)
-            absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            continue
-        error = float((out.float() - reference.float()).norm() / reference.float().norm())
-        if not error < 0.02:
-            raise EvalError(f"{name} does not compute the same product: relative difference {error:.3f}")
-    return products, absent
+    n, k = weight.values.shape
+    padding = dict(pad_n_to_multiple=256, pad_k_to_multiple=128)  # as in vLLM
+    layer = HummingLayer(shape_n=n, shape_k=k, weight_config={"dtype": "int8"}, torch_dtype=dtype, **padding).cuda()
+    layer.load_from_unquantized(dequantize(weight, dtype))
+    layer.transform()
+    return lambda x: layer(x, tuning_config=get_heuristics_config(layer.humming_metas[""], shape_m=x.shape[0]))
 
 
-def vllm_silu_and_mul(gate_up: Tensor) -> Tensor:
-    """vLLM's activation kernel: [M, 2I] -> [M, I].
+PEERS: dict[str, Callable[[Int8Weight, torch.dtype], Product]] = {
+    "marlin": marlin,
+    "machete": machete,
+    "gemlite": gemlite,
+    "humming": humming,
+}
 
-    Raises:
-        ImportError, AttributeError: vLLM's CUDA kernels are not installed.
-    """
-    import vllm._custom_ops  # noqa: F401  # registers the kernels
 
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """vLLM's activation kernel: [M, 2I] -> [M, I]. `load_vllm` first."""
     out = torch.empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2, dtype=gate_up.dtype, device=gate_up.device)
     torch.ops._C.silu_and_mul(out, gate_up)
     return out
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """vLLM's `fused_add_rms_norm`: (normed, total), both [M, H], written over x and residual. `load_vllm` first."""
+    torch.ops._C.fused_add_rms_norm(x, residual, weight, eps)
+    return x, residual
+
+
+def load_vllm() -> bool:
+    """Registers vLLM's kernels; True.
+
+    Raises:
+        ImportError, AttributeError: they are not installed.
+    """
+    import vllm._custom_ops  # noqa: F401
+
+    return bool(torch.ops._C.silu_and_mul and torch.ops._C.fused_add_rms_norm)
 
 
 def _packed(values: Tensor) -> Tensor:
@@ -99,5 +108,5 @@ def _packed(values: Tensor) -> Tensor:
     return bytes_.permute(0, 2, 1).contiguous().view(torch.int32).view(k // 4, n)
 
 
-def _scale_row(weight: Int8Weight) -> Tensor:
-    return weight.scale.bfloat16()[None, :].contiguous()
+def _scale_row(weight: Int8Weight, dtype: torch.dtype) -> Tensor:
+    return weight.scale.to(dtype)[None, :].contiguous()

@@ -150,6 +150,49 @@ class FidelityRow:
 
 
 @dataclass(frozen=True, kw_only=True, config=_CHECKED)
+class VllmRow(GenerationRow):
+    """One setup of vLLM on one workload: medians over repeats; memory of the GPU that holds most."""
+
+    tensor_parallel_size: Count
+    repeats: Count
+    spread: dict[Name, NotNegative]
+    """(largest - smallest) / median over the repeats, of "ttft_ms", "itl_ms", "tpot_ms" and "tok_s"."""
+    start_s: Positive
+    """Seconds until the setup's engine had started, once for all its rows, with caches as they were found."""
+    compiled: tuple[Name, ...]
+    """Kernels and graphs compiled while this workload ran: the engine had started and answered a first request."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_CHECKED)
+class ServeRow:
+    """One setup of `vllm serve` under requests that arrive at random (Poisson), measured by `vllm bench serve`."""
+
+    engine: EngineName
+    setup: Name
+    request_rate: Positive
+    """Requests per second that were sent, on average."""
+    requests: Count
+    """Answered; a run in which one fails has no row."""
+    prompt_tokens: Count
+    output_tokens: Count
+    """Of each request."""
+    ttft_ms: dict[Name, Positive]
+    """Percentiles over the requests: "p50" and "p99"."""
+    tpot_ms: dict[Name, NotNegative]
+    """As ttft_ms; 0 where all tokens of an answer came at once."""
+    itl_ms: dict[Name, NotNegative]
+    """Percentiles over all gaps between two chunks of an answer."""
+    tok_s: Positive
+    """Output tokens of all requests / time from the first request to the end of the last."""
+    goodput: NotNegative
+    """Requests per second that met every limit of `goodput_limits_ms`."""
+    goodput_limits_ms: dict[Name, Positive]
+    """Such as {"ttft": 200, "tpot": 50}."""
+    command: Name
+    """Of the client."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_CHECKED)
 class Ceilings:
     """What the card does at best, measured in the same run as the rows beside it."""
 
@@ -160,11 +203,29 @@ class Ceilings:
 
 
 @dataclass(frozen=True, kw_only=True, config=_CHECKED)
-class KernelRow:
-    """Times of one operator on M tokens and an [N, K] weight."""
+class Compilation:
+    """What torch.compile made of an operator written in plain torch."""
 
-    op: Literal["linear", "swiglu"]
+    kernels: tuple[Name, ...]
+    """Kernels it generated, by the names it gave them: they say which operations each one fuses."""
+    extern: tuple[Name, ...]
+    """Library calls left beside them, such as "extern_kernels.mm"."""
+    log: tuple[Name, ...]
+    """Inductor's own account: the nodes it had, which it fused and why not others."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_CHECKED)
+class KernelRow:
+    """Times of one operator on M tokens and an [N, K] weight.
+
+    Of `add_rms_norm` [M, H] the sizes are N = K = H.
+    """
+
+    op: Literal["linear", "swiglu", "add_rms_norm"]
     shape: Name
+    """One of `rowint8.eval.bench_shapes`."""
+    dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    """Of the activations."""
     M: Count
     N: Count
     K: Count
@@ -172,6 +233,8 @@ class KernelRow:
     """Median microseconds a call: "rowint8" and what it is compared with."""
     spread: dict[Name, NotNegative]
     """(slowest - fastest) / median of the repetitions, for each entry of `us`."""
+    compiler: Annotated[dict[Name, Compilation] | None, Field(exclude_if=lambda value: value is None)] = None
+    """For the entries of `us` that torch.compile made; absent where there are none."""
 
 
 Row = TypeVar("Row")

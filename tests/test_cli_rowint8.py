@@ -15,7 +15,9 @@ def rowint8(*arguments, **options):
     )
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("demo-model",), ("quality",)])
+@pytest.mark.parametrize(
+    "command", [(), ("demo",), ("demo-model",), ("quality",), ("bench", "kernels"), ("bench", "plot-kernels")]
+)
 def test_help_has_an_example(command):
     done = rowint8(*command, "--help")
     assert done.returncode == 0
@@ -41,6 +43,8 @@ def test_cli_imports_nothing_heavy():
         (("demo", "--model", "/nowhere", "--no-vllm"), "/nowhere is not a model folder"),
         (("quality", "--dtype", "int3"), "accepted are bfloat16, float16 and float32"),
         (("demo-model", "--out", "/proc/version"), "not a whole model"),
+        (("bench", "kernels", "--shapes", "o,up"), "--shapes has up; accepted are llama-3.1-8b, "),
+        (("bench", "kernels", "--tokens", "1,x"), "--tokens has 'x'; give whole numbers above 0"),
     ],
 )
 def test_errors_are_one_line(arguments, message):

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from rowint8.eval.environment import describe_environment
 from rowint8.eval.errors import EvalError
 from rowint8.eval.schema import (
+    Compilation,
     Environment,
     GenerationRow,
+    KernelRow,
     QualityRow,
     Results,
     read_results,
@@ -152,6 +154,51 @@ def test_rows_of_another_kind_are_refused(tmp_path):
     write_results(tmp_path / "r.json", RESULTS)
     with pytest.raises(EvalError, match=r"rows\.0"):
         read_results(tmp_path / "r.json", QualityRow)
+
+
+KERNEL_ROW = KernelRow(
+    op="add_rms_norm",
+    shape="h64",
+    M=1,
+    N=64,
+    K=64,
+    us={"rowint8": 2.5, "vllm": 3.0},
+    spread={"rowint8": 0.0, "vllm": 0.1},
+)
+
+
+def test_kernel_rows_survive_a_file_with_and_without_the_compiler(tmp_path):
+    compiled = Compilation(kernels=("triton_red_fused_add_0",), extern=(), log=("fusing op0 with op1",))
+    rows = (KERNEL_ROW, replace(KERNEL_ROW, dtype="float16", compiler={"compiled": compiled}))
+    results = Results(environment=ENVIRONMENT, command="c", rows=rows)
+    write_results(tmp_path / "r.json", results)
+    assert read_results(tmp_path / "r.json", KernelRow) == results
+    plain, with_compiler = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert set(plain) == {"op", "shape", "dtype", "M", "N", "K", "us", "spread"}
+    assert set(with_compiler) == set(plain) | {"compiler"}
+
+
+def test_kernel_rows_without_a_dtype_are_bf16(tmp_path):
+    document = asdict(Results(environment=ENVIRONMENT, command="c", rows=(KERNEL_ROW,)))
+    del document["rows"][0]["dtype"]
+    (tmp_path / "r.json").write_text(json.dumps(document))
+    assert read_results(tmp_path / "r.json", KernelRow).rows == (KERNEL_ROW,)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"op": "conv"}, r"rows\.0\.op: .*'conv'"),
+        ({"dtype": "float32"}, r"rows\.0\.dtype: "),
+        ({"us": {"rowint8": 0.0}}, r"rows\.0\.us\.rowint8: .*greater than 0"),
+    ],
+)
+def test_wrong_kernel_rows_are_refused(tmp_path, change, message):
+    document = asdict(Results(environment=ENVIRONMENT, command="c", rows=(KERNEL_ROW,)))
+    document["rows"][0].update(change)
+    (tmp_path / "r.json").write_text(json.dumps(document))
+    with pytest.raises(EvalError, match=message):
+        read_results(tmp_path / "r.json", KernelRow)
 
 
 def test_unwritable_target_is_one_line(tmp_path):

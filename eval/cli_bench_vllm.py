@@ -1,0 +1,165 @@
+"""The commands `rowint8 bench vllm` and `rowint8 bench serve`."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from rowint8.eval.cli_output import Json, err, out, save, write
+from rowint8.eval.errors import EvalError
+
+_SHAPES = "llama-3.1-8b, llama-3.1-70b, tiny, or the path of a config.json"
+
+Model = Annotated[Optional[Path], typer.Option(help="A model folder, instead of dummy weights.")]  # noqa: UP045
+Config = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help=f"Shape of the dummy weights: {_SHAPES}. Default: llama-3.1-8b."),
+]
+Layers = Annotated[Optional[int], typer.Option(min=1, help="Depth of the dummy weights, instead of all.")]  # noqa: UP045
+TensorParallelSize = Annotated[int, typer.Option(min=1, help="GPUs that a model is split over.")]
+Eager = Annotated[bool, typer.Option("--enforce-eager", help="No compilation, no CUDA graphs: a quick trial.")]
+
+
+def bench_vllm(
+    setups: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Comma-separated: bf16, rowint8, rowint8-unfused, rowint8-lm-head, fp8, w8a16, humming. Default: all."
+        ),
+    ] = None,
+    model: Model = None,
+    config: Config = None,
+    layers: Layers = None,
+    tensor_parallel_size: TensorParallelSize = 1,
+    workloads: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Comma-separated BATCHxPROMPTxOUTPUT. "
+            "Default: 1x128x128,8x128x128,32x128x128,128x128x128,8x1024x1,1x2048x1."
+        ),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured runs of a workload; medians count.")] = 3,
+    enforce_eager: Eager = False,
+    json_file: Json = None,
+) -> None:
+    """Time whole vLLM engines, offline: rowint8 beside bf16, fp8 and other 8-bit weights, each in a process of its own.
+
+    Example: rowint8 bench vllm --setups bf16,rowint8,fp8 --json vllm.json
+    """
+    from rowint8.eval import bench_vllm as job
+    from rowint8.eval.bench_vllm_setups import SETUPS, choose_setups, model_folder
+
+    names = _installed(choose_setups(setups))
+    sizes = job.parse_workloads(workloads or job.DEFAULT_WORKLOADS)
+    _warn_if_busy()
+    rows: list[Any] = []
+    failed = []
+    with model_folder(model, config, layers) as (folder, loading):
+        llm = {**loading, **job.llm_arguments(folder, sizes, tensor_parallel_size, enforce_eager)}
+        for number, name in enumerate(names, 1):
+            start = time.monotonic()
+            try:
+                with err.status(f"{name} ({number} of {len(names)}): starting vLLM, measuring"):
+                    result = job.run_setup(SETUPS[name], llm, sizes, repeats)
+                found = job.setup_rows(name, sizes, result, tensor_parallel_size)
+            except EvalError as error:
+                failed.append(name)
+                _say(f"{name}: {error}")
+                continue
+            rows += found
+            _say(job.summary(found, time.monotonic() - start))
+            _save(json_file, rows)
+    _finish(json_file, rows, failed, [job.speed_table, job.setup_table])
+
+
+def bench_serve(
+    setups: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Comma-separated: bf16, rowint8, rowint8-unfused, rowint8-lm-head, fp8, w8a16. "
+            "Default: bf16,rowint8,fp8."
+        ),
+    ] = None,
+    model: Model = None,
+    config: Config = None,
+    layers: Layers = None,
+    tensor_parallel_size: TensorParallelSize = 1,
+    rates: Annotated[str, typer.Option(help="Requests per second, comma-separated.")] = "4,8,16",
+    seconds: Annotated[float, typer.Option(min=0, help="How long to send at each rate.")] = 20.0,
+    prompt_tokens: Annotated[int, typer.Option(min=2, help="Of each request.")] = 512,
+    output_tokens: Annotated[int, typer.Option(min=2, help="Of each request.")] = 128,
+    goodput: Annotated[str, typer.Option(help="Limits in ms: ttft, tpot, e2el.")] = "ttft:200,tpot:50",
+    enforce_eager: Eager = False,
+    json_file: Json = None,
+) -> None:
+    """Measure `vllm serve` under load with vLLM's own client, one server a setup.
+
+    Example: rowint8 bench serve --rates 8,32 --goodput ttft:200,tpot:20 --json serve.json
+    """
+    from rowint8.eval import bench_serve as job
+    from rowint8.eval.bench_vllm_setups import choose_setups, model_folder
+
+    names = choose_setups(setups or job.DEFAULT_SETUPS, job.SERVED)
+    sent_at = job.parse_rates(rates)
+    load = job.Load(prompt_tokens, output_tokens, seconds, job.parse_goodput(goodput))
+    _warn_if_busy()
+    rows: list[Any] = []
+    failed = []
+    with model_folder(model, config, layers) as (folder, loading):
+        if model is None:
+            job.write_tokenizer(folder)
+        arguments = {**loading, **job.server_arguments(load, tensor_parallel_size, enforce_eager)}
+        for number, name in enumerate(names, 1):
+            try:
+                with err.status(f"{name} ({number} of {len(names)}): starting the server") as status:
+                    for row in job.run_setup(name, folder, arguments, sent_at, load):
+                        rows.append(row)
+                        status.update(f"{name} ({number} of {len(names)}): {row.request_rate:g} requests/s done")
+                        _save(json_file, rows)
+            except EvalError as error:
+                failed.append(name)
+                _say(f"{name}: {error}")
+                continue
+            _say(f"{name}: done")
+    _finish(json_file, rows, failed, [job.serve_table])
+
+
+def _installed(names: list[str]) -> list[str]:
+    """The setups that can run here; says which cannot."""
+    from rowint8.eval.bench_vllm_setups import SETUPS
+    from rowint8.eval.processes import require_package
+
+    require_package("vllm", "run `pip install 'rowint8[vllm]'`")
+    absent = [name for name in names if not SETUPS[name].installed]
+    for name in absent:
+        _say(f"without {name}: the package {SETUPS[name].package} is not installed")
+    if len(absent) == len(names):
+        raise EvalError("no setup of --setups can run here")
+    return [name for name in names if name not in absent]
+
+
+def _warn_if_busy() -> None:
+    from rowint8.eval.console import busy_warning
+
+    if warning := busy_warning():
+        err.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+
+
+def _say(line: str) -> None:
+    err.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _save(path: Path | None, rows: list) -> None:
+    """An interrupted run keeps what it measured."""
+    if path is not None:
+        save(path, rows)
+
+
+def _finish(path: Path | None, rows: list, failed: list[str], tables: list) -> None:
+    for table in tables if rows else ():
+        out.print(table(rows))
+    if rows:
+        write(path, rows)
+    if failed:
+        raise EvalError(f"failed: {', '.join(failed)}; why is said above")
