@@ -5,20 +5,21 @@ quantized into its place, and unmapped: beyond the final weights, loading holds 
 """
 
 import json
-from functools import partial
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rowint8.baseline_engine.config import ModelConfig
 from rowint8.baseline_engine.errors import EngineError
 from rowint8.baseline_engine.layers import Int8Linear, Slot, WeightFormat, copy_slot
-from rowint8.baseline_engine.model import LlamaModel
+from rowint8.baseline_engine.model import Decoder
+from rowint8.baseline_engine.progress import progress_bar
 
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 """What is fetched of a hub repository: configuration, weights, tokenizer; no code and no pickles."""
@@ -31,17 +32,9 @@ _INT8_DTYPES, _SCALE_DTYPES = ("I8",), ("F16",)
 class StoredInt8Linear(Int8Linear):
     """INT8 rows that the checkpoint already holds: `<name>.weight` int8 [N, K] and `<name>.weight_scale` fp16 [N]."""
 
-    def slots(self, parts: dict[str, int]) -> dict[str, Slot]:
-        slots, start = super().slots(parts), 0
-        for name, size in parts.items():
-            rows = slice(start, start + size)
-            start += size
-            slots[f"{name}.weight"] = Slot((size, self.in_features), partial(self._copy_rows, rows))
-            slots[f"{name}.weight_scale"] = copy_slot(self.scale[rows], f"{name}.weight_scale")
-        return slots
-
-    def _copy_rows(self, rows: slice, values: Tensor) -> None:
-        self.values[rows] = values
+    def _weight_slots(self, name: str, rows: slice) -> dict[str, Slot]:
+        values, scale = f"{name}.weight", f"{name}.weight_scale"
+        return {values: copy_slot(self.values[rows], values), scale: copy_slot(self.scale[rows], scale)}
 
 
 class StoredInt8Format(WeightFormat):
@@ -71,33 +64,26 @@ def resolve_folder(model: str) -> Path:
         raise EngineError(f"model {model!r} is no folder here and cannot be fetched from the hub: {reason}") from error
 
 
-def load_model(folder: Path, config: ModelConfig, form: WeightFormat, *, progress: bool = False) -> LlamaModel:
+def load_model(folder: Path, config: ModelConfig, form: WeightFormat, *, progress: bool = False) -> Decoder:
     """Builds the model and fills it from the folder's safetensors; `progress` shows a bar on a terminal's stderr.
 
     Raises:
         EngineError: a shard or tensor is missing, unknown, truncated, of the wrong shape or dtype, or holds NaN or Inf.
-            Names, shapes and dtypes are checked before the first weight is read. Or the checkpoint is INT8 and `form`
-            is not.
+            Names, shapes and dtypes are checked before the first weight is read.
     """
     if config.int8_checkpoint:
-        if not form.int8:
-            raise EngineError(f"{folder} holds INT8 weights; give --quantization rowint8 to run it")
         form = StoredInt8Format(**vars(form))
     shards = {path: read_header(path) for path in shard_paths(folder)}
-    model = LlamaModel(config, form)
+    model = Decoder(config, form)
     slots = model.slots()
     _check_headers(shards, slots, tied=config.tie_word_embeddings)
     total = sum(len(header) for header in shards.values())
-    console = Console(stderr=True)
-    columns = (TextColumn("loading weights"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    show = progress and console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=not show) as bar:
-        task = bar.add_task("", total=total)
+    with progress_bar("loading weights", total, progress) as advance:
         for path, header in shards.items():
             for name in header:
                 if name in slots:
                     _load_tensor(path, name, slots[name], form.device)
-                bar.advance(task)
+                advance()
     return model
 
 
@@ -174,3 +160,39 @@ def _check_ignorable(path: Path, name: str, tied: bool) -> None:
     """A tied checkpoint may repeat its embedding as lm_head; old ones hold rotary frequencies, which are computed."""
     if not (tied and name == "lm_head.weight") and not name.endswith("rotary_emb.inv_freq"):
         raise EngineError(f"{path}: unexpected tensor {name}; config.json describes a model without it")
+
+
+def save_model(model: Decoder, source: Path, out: Path) -> None:
+    """Writes the model as it is held (INT8 as INT8), with the configuration and tokenizer of the folder `source`.
+
+    The folder `out` appears whole or not at all. Every tensor is copied to the host first.
+
+    Raises:
+        EngineError: `out` exists or cannot be written, or the output layer is INT8, for which there is no stored form.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    if model.form.int8_lm_head:
+        raise EngineError("a model with an INT8 output layer cannot be saved; load it without int8_lm_head")
+    if out.exists():
+        raise EngineError(f"{out} exists already; remove it or give another folder")
+    tensors = {name: held.cpu().clone() for slot in model.slots().values() for name, held in slot.held.items()}
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config["dtype"] = str(model.form.dtype).removeprefix("torch.")
+    if model.form.int8:
+        config["quantization_config"] = {"quant_method": "rowint8"}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+            folder = Path(scratch) / out.name
+            folder.mkdir()
+            save_torch_state_dict(tensors, folder)
+            for path in source.iterdir():
+                if path.suffix in (".json", ".jinja", ".model", ".txt") and not path.name.startswith(
+                    "model.safetensors"
+                ):
+                    shutil.copyfile(path, folder / path.name)
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            os.rename(folder, out)
+    except OSError as error:
+        raise EngineError(f"cannot write {out}: {error.strerror or error}") from error

@@ -39,6 +39,7 @@ class Quantization(str, Enum):
 class Mode(str, Enum):
     eager = "eager"
     compile = "compile"
+    graph = "graph"
 
 
 class Dtype(str, Enum):
@@ -59,17 +60,28 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy; larger is more random.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0 is off.")] = 0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that add up to p; 1 is off.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Draw from tokens at least this times as likely as the best.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes tokens seen so far less likely.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of each prompt's draws; without it they differ every time.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on to --max-tokens; to measure.")] = False,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output. Repeat for more.")] = None,
     quantization: Annotated[
         Quantization, typer.Option(help="rowint8: linear weights as INT8 rows, quantized while loading.")
     ] = Quantization.none,
     fused: Annotated[bool | None, typer.Option("--fused/--no-fused", help=FUSED_HELP)] = None,
+    int8_lm_head: Annotated[bool, typer.Option("--int8-lm-head", help="With rowint8: the output layer too.")] = False,
     mode: Annotated[
-        Mode, typer.Option(help="compile: torch.compile the decode step before the clock starts.")
+        Mode, typer.Option(help="compile: torch.compile the layers at start; graph: CUDA graphs for decoding, too.")
     ] = Mode.eager,
     dtype: Annotated[Dtype, typer.Option(help="Of activations; auto is the checkpoint's.")] = Dtype.auto,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.")] = "auto",
+    max_seqs: Annotated[int, typer.Option(help="Most prompts that run at the same time.")] = 256,
+    max_batch_tokens: Annotated[int, typer.Option(help="Most tokens a step computes.")] = 8192,
+    max_context: Annotated[
+        int | None, typer.Option(help="Most tokens of prompt and output. Default: the model's.")
+    ] = None,
+    cache_tokens: Annotated[int | None, typer.Option(help="Size of the KV cache. Default: what memory allows.")] = None,
+    memory_fraction: Annotated[float, typer.Option(help="Of the GPU's memory, for weights and KV cache.")] = 0.9,
     warmup: Annotated[int, typer.Option(min=0, help="Unmeasured runs of the same request before the real one.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
@@ -79,18 +91,42 @@ def generate(
         from rowint8.baseline_engine.sampler import SamplingParams
 
         prompts = prompt or [_read_stdin()]
-        sampling = SamplingParams(max_tokens, temperature, top_k, top_p, seed, ignore_eos)
-        config = EngineConfig(model, quantization.value, fused, mode.value, dtype.value, device)
+        sampling = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            ignore_eos=ignore_eos,
+            stop=tuple(stop or ()),
+        )
+        config = EngineConfig(
+            model,
+            quantization.value,
+            fused,
+            int8_lm_head,
+            mode.value,
+            dtype.value,
+            device,
+            max_seqs,
+            max_batch_tokens,
+            max_context,
+            cache_tokens,
+            memory_fraction,
+        )
         engine = Engine(config, progress=True)
         for _ in range(warmup):
             engine.generate(prompts, sampling, chat=chat)
+            engine.forget_prefixes()  # the real one computes its prompts
         printer = None if as_json else _printer(len(prompts))
         completions = engine.generate(prompts, sampling, chat=chat, on_token=printer)
         assert engine.metrics is not None
         if as_json:
             print(_to_json(completions, engine.metrics))
         else:
-            _print_table(engine.metrics)
+            _print_table(engine.metrics, engine.attention_name)
 
 
 @contextmanager
@@ -144,7 +180,7 @@ def _to_json(completions: "Sequence[Completion]", metrics: "RunMetrics") -> str:
     return json.dumps(result, allow_nan=False)
 
 
-def _print_table(metrics: "RunMetrics") -> None:
+def _print_table(metrics: "RunMetrics", attention: str) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -160,7 +196,8 @@ def _print_table(metrics: "RunMetrics") -> None:
         "load s": _number(metrics.load_seconds),
         "compile s": _number(metrics.compile_seconds),
     }
-    table = Table(*cells, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    caption = f"attention: {attention}; the KV cache blocks in use were {metrics.steps.kv_waste:.1%} empty"
+    table = Table(*cells, caption=caption, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_row(*cells.values())
     Console(stderr=True).print(table)
 

@@ -11,7 +11,7 @@ from pydantic import AliasChoices, BaseModel, Field, ValidationError
 
 from rowint8.baseline_engine.errors import EngineError, SettingError
 
-ARCHITECTURE = "LlamaForCausalLM"
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -30,28 +30,57 @@ class EngineConfig:
     model: str
     """A local folder, or a hub name."""
     quantization: Literal["none", "rowint8"] = "none"
+    """rowint8: linear weights as INT8 rows. A checkpoint that holds INT8 already needs no flag."""
     fused: bool | None = None
     """One operator for gate, up, SiLU and product. None: with rowint8 wherever the MLP has no bias."""
-    mode: Literal["eager", "compile"] = "eager"
-    """compile: the decode step of a decoder layer runs as one `torch.compile` graph, shared by all layers. Prompts are
-    prefilled eagerly, because their lengths differ."""
+    int8_lm_head: bool = False
+    """With rowint8: the output layer too, and with it the embedding where the two are one tensor."""
+    mode: Literal["eager", "compile", "graph"] = "eager"
+    """compile: `torch.compile` of the decoder layer, shared by all layers. graph: compiled, and decode steps replayed
+    as CUDA graphs; needs a GPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of activations and unquantized weights; auto is the checkpoint's."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda or cuda:N."""
+    max_seqs: int = 256
+    """Most requests that run at the same time."""
+    max_batch_tokens: int = 8192
+    """Most tokens that one step computes; longer prompts are prefilled in pieces."""
+    max_context: int | None = None
+    """Most tokens of a prompt and its output. None: as many as the model and the cache take."""
+    cache_tokens: int | None = None
+    """Tokens that the KV cache holds. None: on CUDA what memory_fraction leaves, on the CPU 16384."""
+    memory_fraction: float = 0.9
+    """Of the GPU's memory, for weights, activations and KV cache together."""
+    block_size: int = 16
+    """Tokens in a block of the KV cache."""
+    prefix_caching: bool = True
+    """Share the blocks of common beginnings between requests."""
+    overlap: bool | None = None
+    """Prepare and queue a step before the tokens of the one before have reached the host. None: on CUDA."""
 
     def __post_init__(self) -> None:
         _check_choice("quantization", self.quantization, ("none", "rowint8"))
-        _check_choice("mode", self.mode, ("eager", "compile"))
+        _check_choice("mode", self.mode, ("eager", "compile", "graph"))
         _check_choice("dtype", self.dtype, ("auto", *_DTYPES))
-        if self.fused and self.quantization == "none":
-            raise SettingError("fused SwiGLU is an INT8 operator; give quantization rowint8 with it")
+        for name in ("max_seqs", "max_batch_tokens", "block_size"):
+            _check_positive(name, getattr(self, name))
+        for name in ("max_context", "cache_tokens"):
+            _check_positive(name, getattr(self, name) or 1)
+        if not 0 < self.memory_fraction <= 1:
+            raise SettingError(f"memory_fraction is {self.memory_fraction}; accepted is above 0 and up to 1")
 
     def torch_dtype(self, model: "ModelConfig") -> torch.dtype:
         return model.dtype if self.dtype == "auto" else _DTYPES[self.dtype]
 
     def torch_device(self) -> torch.device:
-        """Raises SettingError where this machine has no such device."""
+        """Raises SettingError where this machine has no such device, or the device cannot do what the mode asks."""
+        device = self._device()
+        if self.mode == "graph" and device.type != "cuda":
+            raise SettingError("mode is 'graph', which needs a CUDA GPU; accepted here are eager and compile")
+        return device
+
+    def _device(self) -> torch.device:
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
@@ -77,7 +106,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Llama decoder's shape and constants, in the names of Hugging Face's config.json."""
+    """A decoder's shape and constants, in the names of Hugging Face's config.json."""
 
     vocab_size: int
     hidden_size: int
@@ -90,8 +119,13 @@ class ModelConfig:
     rms_norm_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None
-    attention_bias: bool
+    qkv_bias: bool
+    o_bias: bool
     mlp_bias: bool
+    qk_norm: bool
+    """RMS norms over each query and key head before the rotary positions (Qwen3)."""
+    sliding_window: int | None
+    """Tokens that a token looks back on, itself included; None: all."""
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype
@@ -109,7 +143,7 @@ class ModelConfig:
         raw = _read_json(folder / "config.json")
         _check_supported(raw, folder)
         try:
-            hf = _LlamaFile.model_validate(raw)
+            hf = _ConfigFile.model_validate(raw)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
@@ -117,6 +151,7 @@ class ModelConfig:
         generation = folder / "generation_config.json"
         extra_eos = _read_json(generation).get("eos_token_id") if generation.exists() else None
         rope = hf.rope()
+        kind = raw["architectures"][0].removesuffix("ForCausalLM")
         config = cls(
             vocab_size=hf.vocab_size,
             hidden_size=hf.hidden_size,
@@ -129,8 +164,11 @@ class ModelConfig:
             rms_norm_eps=hf.rms_norm_eps,
             rope_theta=float(rope["rope_theta"]),
             rope_scaling=_rope_scaling(rope, folder),
-            attention_bias=hf.attention_bias,
+            qkv_bias=hf.attention_bias or kind == "Qwen2",
+            o_bias=hf.attention_bias and kind != "Qwen2",
             mlp_bias=hf.mlp_bias,
+            qk_norm=kind == "Qwen3",
+            sliding_window=_sliding_window(raw, kind, folder),
             tie_word_embeddings=hf.tie_word_embeddings,
             eos_token_ids=tuple(sorted({*_as_ids(hf.eos_token_id), *_as_ids(extra_eos)})),
             dtype=_stored_dtype(hf.dtype, folder),
@@ -147,8 +185,8 @@ class ModelConfig:
             )
 
 
-class _LlamaFile(BaseModel):
-    """A Llama model's config.json, with the defaults of transformers' LlamaConfig (whose import takes seconds)."""
+class _ConfigFile(BaseModel):
+    """A config.json, with the defaults of transformers' LlamaConfig (whose import takes seconds)."""
 
     vocab_size: int
     hidden_size: int
@@ -179,10 +217,9 @@ class _LlamaFile(BaseModel):
 def _check_supported(raw: dict[str, Any], folder: Path) -> None:
     path = folder / "config.json"
     architectures = raw.get("architectures") or ["none named"]
-    if architectures != [ARCHITECTURE]:
-        raise EngineError(
-            f"{path}: architecture {', '.join(map(str, architectures))}; the engine runs {ARCHITECTURE} only"
-        )
+    if len(architectures) != 1 or architectures[0] not in ARCHITECTURES:
+        given = ", ".join(map(str, architectures))
+        raise EngineError(f"{path}: architecture {given}; the engine runs {', '.join(ARCHITECTURES)}")
     if raw.get("quantization_config"):
         _check_quantization(raw["quantization_config"], path)
     missing = [key for key in _REQUIRED if key not in raw]
@@ -221,6 +258,20 @@ def _rope_scaling(rope: dict[str, Any], folder: Path) -> RopeScaling | None:
     return RopeScaling(**{key: rope[key] for key in _LLAMA3_KEYS})
 
 
+def _sliding_window(raw: dict[str, Any], kind: str, folder: Path) -> int | None:
+    """The window of all layers. Qwen's is off unless use_sliding_window is true; Mistral's is 4096 unless given."""
+    if kind == "Mistral":
+        return raw.get("sliding_window", 4096)
+    if not kind.startswith("Qwen") or not raw.get("use_sliding_window", False):
+        return None
+    full_below = raw.get("max_window_layers", 28)
+    default = ["full_attention" if i < full_below else "sliding_attention" for i in range(raw["num_hidden_layers"])]
+    types = set(raw.get("layer_types") or default)
+    if len(types) > 1:
+        raise EngineError(f"{folder / 'config.json'}: layers with and without sliding window; the engine runs one kind")
+    return raw.get("sliding_window", 4096) if types == {"sliding_attention"} else None
+
+
 def _stored_dtype(name: str | None, folder: Path) -> torch.dtype:
     if name is not None and name not in _DTYPES:
         raise EngineError(f"{folder / 'config.json'}: dtype {name}; accepted are {', '.join(_DTYPES)}")
@@ -247,6 +298,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _check_positive(name: str, given: int) -> None:
+    if given < 1:
+        raise SettingError(f"{name} is {given}; accepted is 1 or more")
 
 
 def _check_choice(name: str, given: str, accepted: Sequence[str]) -> None:

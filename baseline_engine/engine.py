@@ -1,49 +1,33 @@
 """The engine: prompts in, completions out.
 
-Each prompt is prefilled alone, without padding; then all are decoded together, one token a step, each row with its own
-position and mask. A row that has finished keeps its place and is computed along (its tokens are dropped) until the
-batch ends: shapes stay the same from step to step, which is what a compiled decode step wants.
+`add` hands in a request, `step` moves all of them on by one run of the model: schedule, launch, record. `generate` does
+so until its prompts are complete. On a GPU a step is launched before the tokens of the one before it are read, so that
+the host prepares step n + 1 while the device computes step n; a request that turns out to have ended in step n then
+computed one token too many, which is dropped.
 """
 
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from time import perf_counter
 
 import torch
-from torch import Tensor
 
-from rowint8.baseline_engine.checkpoint import load_model, resolve_folder
-from rowint8.baseline_engine.config import EngineConfig, ModelConfig
+from rowint8.baseline_engine import startup
+from rowint8.baseline_engine.block_pool import BlockPool
+from rowint8.baseline_engine.checkpoint import resolve_folder, save_model
+from rowint8.baseline_engine.config import EngineConfig
 from rowint8.baseline_engine.errors import EngineError
-from rowint8.baseline_engine.kv_cache import KvCache
-from rowint8.baseline_engine.layers import WeightFormat
-from rowint8.baseline_engine.metrics import PeakMemory, RequestMetrics, RunMetrics
-from rowint8.baseline_engine.model import DecoderLayer
+from rowint8.baseline_engine.metrics import PeakMemory, RunMetrics, StepTimes
+from rowint8.baseline_engine.model import Decoder
+from rowint8.baseline_engine.progress import progress_bar
 from rowint8.baseline_engine.request import Completion, Request, TokenEvent
-from rowint8.baseline_engine.sampler import SamplingParams, sample
-from rowint8.baseline_engine.tokenizer import TextStream, Tokenizer, has_tokenizer
+from rowint8.baseline_engine.runner import StepResult
+from rowint8.baseline_engine.sampler import SamplingParams, SamplingState
+from rowint8.baseline_engine.scheduler import Scheduler
+from rowint8.baseline_engine.tokenizer import TextOutput, Tokenizer
 
-Prompt = str | Sequence[int]
-
-_COMPILED_LENGTH_STEP = 64
-"""In compile mode the cache's length is rounded up to a multiple of this, so that like requests share one graph."""
-_MAX_GRAPHS = 64
-"""Compiled graphs of the decoder layer kept in one process, one a shape (torch's own limit is 8)."""
-
-
-@dataclass
-class Batch:
-    """Requests that are served together."""
-
-    requests: list[Request]
-    cache: KvCache
-    waiting: deque[Request]
-    """Not yet prefilled."""
-
-    @property
-    def running(self) -> list[Request]:
-        return [request for request in self.requests if request.finish_reason is None]
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+"""Text, token ids, or the messages of a chat."""
 
 
 class Engine:
@@ -52,35 +36,102 @@ class Engine:
     `metrics` holds the `RunMetrics` of the last `generate`.
     """
 
-    def __init__(self, config: EngineConfig, *, progress: bool = False):
-        """Loads the model; `progress` shows a bar on a terminal.
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        progress: bool = False,
+        model: Decoder | None = None,
+        tokenizer: Tokenizer | None = None,
+    ):
+        """Loads the model, unless one is given, and prepares to run it; `progress` shows bars on a terminal.
 
         Raises:
-            EngineError: the model, or a setting, is none that the engine can run.
+            EngineError: the model, or a setting, is none that the engine can run, or memory does not suffice.
         """
         start = perf_counter()
-        self.config = config
-        self.device = config.torch_device()
-        folder = resolve_folder(config.model)
-        self.model_config = ModelConfig.from_folder(folder)
-        self.model = load_model(folder, self.model_config, self._weight_format(), progress=progress)
-        self.tokenizer = Tokenizer(folder) if has_tokenizer(folder) else None
-        self._decode_layer = DecoderLayer.forward
-        if config.mode == "compile":
-            self._decode_layer = torch.compile(DecoderLayer.forward, fullgraph=True, dynamic=False)
-        self._compiled_shapes: set[tuple[int, int]] = set()
-        self.metrics: RunMetrics | None = None
+        self.config, self.progress = config, progress
+        if model is None:
+            model, tokenizer = startup.load(config, progress)
+        self.model, self.model_config, self.tokenizer = model, model.config, tokenizer
+        self.device = model.form.device
         self.load_seconds = perf_counter() - start
+        self.runner, self.compile_seconds = startup.make_runner(model, config)
+        self.context = self.runner.context
+        pool = BlockPool(self.runner.cache.num_blocks, config.block_size)
+        self.scheduler = Scheduler(pool, config.max_seqs, config.max_batch_tokens, config.prefix_caching)
+        self.overlap = self.device.type == "cuda" if config.overlap is None else config.overlap
+        self.times = StepTimes()
+        self.metrics: RunMetrics | None = None
+        self._in_flight: StepResult | None = None
 
-    def _weight_format(self) -> WeightFormat:
-        config, bias = self.config, self.model_config.mlp_bias
-        if config.fused and bias:
-            raise EngineError("this model's MLP has a bias, which the fused SwiGLU has not; give --no-fused")
-        int8 = config.quantization == "rowint8"
-        fused = int8 and not bias if config.fused is None else config.fused
-        return WeightFormat(config.torch_dtype(self.model_config), self.device, int8, fused)
+    @property
+    def attention_name(self) -> str:
+        return self.runner.attention.name
 
-    @torch.inference_mode()
+    @property
+    def has_work(self) -> bool:
+        return bool(self.scheduler.waiting or self.scheduler.running or self._in_flight)
+
+    def add(self, prompt: Prompt, params: SamplingParams, *, chat: bool = False, index: int = 0) -> Request:
+        """Hands in one request; `index` is what its events are called by.
+
+        Raises:
+            EngineError: the prompt is empty, too long or holds what the model does not know; no other is disturbed.
+        """
+        request = self.make_request(prompt, params, chat=chat, index=index)
+        self.scheduler.add(request)
+        return request
+
+    def abort(self, request: Request) -> None:
+        """Ends a request and takes its memory back; nothing where it has ended already."""
+        if request.finish_reason is None:
+            request.finish_reason = "abort"
+            self.scheduler.finish(request)
+
+    def step(self) -> list[TokenEvent]:
+        """Moves every request that can run on by one step; the tokens that reached the host."""
+        with self.times.measure("schedule"):
+            chunks = self.scheduler.schedule()
+        self.times.count(chunks, self.scheduler)
+        launched = None
+        if chunks:
+            try:
+                with self.times.measure("launch"):
+                    launched = self.runner.launch(chunks)
+                self.scheduler.commit(chunks)
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                return self._give_up(max(chunks, key=lambda chunk: chunk.count).request, error)
+        if self.overlap:
+            launched, self._in_flight = self._in_flight, launched
+        return self._record(launched) if launched else []
+
+    def _record(self, result: StepResult) -> list[TokenEvent]:
+        with self.times.measure("wait"):
+            rows = result.read()
+        now, events = perf_counter(), []
+        with self.times.measure("record"):
+            for request, token, logprobs in rows:
+                if request.finish_reason is not None:  # it ended while this step was in flight
+                    continue
+                request.append(token, now)
+                if logprobs:
+                    request.logprobs.append(logprobs)
+                if request.finish_reason is not None:
+                    self.scheduler.finish(request)
+                text = request.text.take(request.finish_reason is not None) if request.text else ""
+                events.append(TokenEvent(request.index, token, text, request.finish_reason, logprobs))
+        return events
+
+    def _give_up(self, request: Request, error: BaseException) -> list[TokenEvent]:
+        """Fails the request with the largest share of a step that memory did not suffice for; the others go on."""
+        request.finish_reason = "error"
+        request.error = f"out of memory: {str(error).splitlines()[0] if str(error) else 'no details'}"
+        self.scheduler.finish(request)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return [TokenEvent(request.index, None, "", "error")]
+
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -89,7 +140,7 @@ class Engine:
         chat: bool = False,
         on_token: Callable[[TokenEvent], None] | None = None,
     ) -> list[Completion]:
-        """Completes the prompts (text, or token ids) together; one `SamplingParams` for all or one for each.
+        """Completes the prompts together; one `SamplingParams` for all or one for each.
 
         Args:
             chat: text prompts are a user's messages, put into the model's chat template.
@@ -100,89 +151,43 @@ class Engine:
         """
         peak = PeakMemory(self.device)
         peak.reset()
-        start = perf_counter()
-        batch = self._admit(prompts, sampling, chat)
-        compile_seconds = self._warm_up(batch.cache)
-        start += compile_seconds  # no request waits for the compiler: the clock stands still meanwhile
-        streams = self._streams(batch) if on_token else None
-        while batch.running:
-            for request in self.step(batch):
-                if on_token and streams is not None:
-                    on_token(_event(request, streams[request.index]))
+        start, self.times = perf_counter(), StepTimes()
+        requests = self._requests(prompts, sampling, chat, start)
+        for request in requests:
+            self.scheduler.add(request)
+        try:
+            self._run(requests, on_token)
+        finally:  # also when interrupted, or when on_token raises
+            for request in requests:
+                self.abort(request)
+            if self._in_flight:
+                self._record(self._in_flight)
+                self._in_flight = None
         wall = perf_counter() - start
-        completions = [self._complete(request, start) for request in batch.requests]
+        completions = [self.complete(request) for request in requests]
         self.metrics = RunMetrics(
             requests=tuple(completion.metrics for completion in completions),
             wall=wall,
-            peak_mem=peak.read(),
+            peak_mem=peak.read() - (self.runner.cache.data.nbytes if self.device.type == "cuda" else 0),
             weight_bytes=self.model.weight_bytes,
             load_seconds=self.load_seconds,
-            compile_seconds=compile_seconds,
+            compile_seconds=self.compile_seconds,
+            steps=self.times,
         )
         return completions
 
-    def step(self, batch: Batch) -> list[Request]:
-        """Runs the model once, samples, records: one prompt is prefilled, or every running request gets a token.
+    def _run(self, requests: Sequence[Request], on_token: Callable[[TokenEvent], None] | None) -> None:
+        with progress_bar("generating", len(requests), self.progress and on_token is None) as advance:
+            while self.has_work:
+                for event in self.step():
+                    if on_token:
+                        on_token(event)
+                    if event.finish_reason:
+                        advance()
 
-        Returns the requests that got a token.
-        """
-        if batch.waiting:
-            requests = [batch.waiting.popleft()]
-            logits = self._prefill(requests[0], batch.cache)
-        else:
-            requests = batch.running
-            logits = self._decode(batch)
-            if len(requests) < len(batch.requests):
-                logits = logits[[request.index for request in requests]]
-        tokens = sample(logits, [(request.params, request.generator) for request in requests])
-        now = perf_counter()
-        for request, token in zip(requests, tokens, strict=True):
-            request.append(token, now)
-        return requests
-
-    def _prefill(self, request: Request, cache: KvCache) -> Tensor:
-        """Logits [1, vocabulary] after the whole prompt, whose keys and values enter the request's row."""
-        tokens = torch.tensor([request.prompt_ids], device=self.device)
-        positions = torch.arange(tokens.shape[1], device=self.device)[None]
-        hidden = self.model(tokens, positions, cache.row(request.index), mask=None)
-        return self.model.logits(hidden[:, -1])
-
-    def _decode(self, batch: Batch) -> Tensor:
-        """Logits [B, vocabulary] after the newest token of each row."""
-        newest = [[request.output_ids[-1]] for request in batch.requests]
-        positions = [[request.last_position] for request in batch.requests]
-        longest = max(request.last_position for request in batch.running) + 1
-        length = batch.cache.length if self.config.mode == "compile" else longest
-        return self._decode_step(torch.tensor(newest), torch.tensor(positions), batch.cache, length)
-
-    def _decode_step(self, tokens: Tensor, positions: Tensor, cache: KvCache, length: int) -> Tensor:
-        """Tokens and positions [B, 1] -> logits [B, vocabulary]; looks at the first `length` entries of the cache."""
-        tokens, positions = tokens.to(self.device), positions.to(self.device)
-        hidden_entries = torch.arange(length, device=self.device) > positions  # [B, length]
-        mask = torch.zeros_like(hidden_entries, dtype=self.model.form.dtype)
-        mask = mask.masked_fill(hidden_entries, -torch.inf)[:, None, None]
-        hidden = self.model(tokens, positions, cache, mask, self._decode_layer)
-        return self.model.logits(hidden[:, -1])
-
-    def _warm_up(self, cache: KvCache) -> float:
-        """Compiles the decode step for this cache's shape unless that is done; returns the seconds it took."""
-        shape = (cache.num_rows, cache.length)
-        if self.config.mode == "eager" or shape in self._compiled_shapes:
-            return 0.0
-        start = perf_counter()
-        tokens = torch.zeros((cache.num_rows, 1), dtype=torch.int64)
-        with torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS):
-            # Writes position 0 of every row, which each prompt then overwrites.
-            self._decode_step(tokens, tokens, cache, cache.length)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self._compiled_shapes.add(shape)
-        return perf_counter() - start
-
-    def _admit(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams], chat: bool
-    ) -> Batch:
-        """Checks every prompt and allocates the cache."""
+    def _requests(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams], chat: bool, start: float
+    ) -> list[Request]:
         if isinstance(prompts, str) or not prompts:
             raise EngineError("prompts must be a list of at least one prompt")
         params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
@@ -190,29 +195,35 @@ class Engine:
             raise EngineError(
                 f"{len(params)} sampling parameters for {len(prompts)} prompts; give one, or one for each"
             )
-        pairs = zip(prompts, params, strict=True)
-        requests = [self._request(index, prompt, param, chat) for index, (prompt, param) in enumerate(pairs)]
-        length = max(len(request.prompt_ids) + request.max_tokens for request in requests)
-        if self.config.mode == "compile":
-            length = -(-length // _COMPILED_LENGTH_STEP) * _COMPILED_LENGTH_STEP
-        form = self.model.form
-        cache = KvCache.allocate(self.model_config, len(requests), length, form.dtype, form.device)
-        return Batch(requests, cache, deque(requests))
+        pairs = enumerate(zip(prompts, params, strict=True))
+        requests = [self.make_request(prompt, param, chat=chat, index=index) for index, (prompt, param) in pairs]
+        for request in requests:
+            request.start = start  # tokenizing the others is part of the wait
+        return requests
 
-    def _request(self, index: int, prompt: Prompt, params: SamplingParams, chat: bool) -> Request:
+    def make_request(self, prompt: Prompt, params: SamplingParams, *, chat: bool = False, index: int = 0) -> Request:
+        """Checks a request without handing it in; raises as `add` does."""
+        start = perf_counter()
         token_ids = self.encode(prompt, chat=chat)
-        context = self.model_config.max_position_embeddings
         if not token_ids:
             raise EngineError(f"prompt {index + 1} is empty; at least one token is needed")
-        if len(token_ids) >= context:
-            raise EngineError(f"prompt {index + 1} has {len(token_ids)} tokens; the context takes up to {context - 1}")
+        if len(token_ids) >= self.context:
+            most = self.context - 1
+            raise EngineError(f"prompt {index + 1} has {len(token_ids)} tokens; the context takes up to {most}")
+        if params.stop and self.tokenizer is None:
+            raise EngineError(
+                f"{self.config.model} has no tokenizer files, which stop strings need; give stop_token_ids"
+            )
+        eos = () if params.ignore_eos else self.model_config.eos_token_ids
         return Request(
             index=index,
-            prompt_ids=token_ids,
-            params=params,
-            max_tokens=min(params.max_tokens, context - len(token_ids)),
-            eos_token_ids=frozenset(self.model_config.eos_token_ids),
-            generator=params.generator(self.device),
+            tokens=token_ids,
+            num_prompt=len(token_ids),
+            sampling=SamplingState(params),
+            max_tokens=min(params.max_tokens, self.context - len(token_ids)),
+            stop_ids=frozenset((*eos, *params.stop_token_ids)),
+            text=TextOutput(self.tokenizer.stream(), params.stop) if self.tokenizer else None,
+            start=start,
         )
 
     def encode(self, prompt: Prompt, *, chat: bool = False) -> list[int]:
@@ -222,28 +233,34 @@ class Engine:
             EngineError: text without a tokenizer, `chat` without a template or with ids, an id outside the vocabulary.
         """
         if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise EngineError(f"{self.config.model} has no tokenizer files; give the prompt as token ids")
-            return self.tokenizer.encode(prompt, chat=chat)
+            return self._text_encoder().encode_chat([_user(prompt)]) if chat else self._text_encoder().encode(prompt)
+        if prompt and isinstance(prompt[0], Mapping):
+            return self._text_encoder().encode_chat(prompt)  # pyright: ignore[reportArgumentType]
         if chat:
             raise EngineError("a chat message must be text; give the prompt as text, or leave chat out")
         vocabulary = self.model_config.vocab_size
         for token_id in prompt:
-            if not 0 <= token_id < vocabulary:
+            if not isinstance(token_id, int) or not 0 <= token_id < vocabulary:
                 raise EngineError(f"prompt holds token id {token_id}; the vocabulary is 0 to {vocabulary - 1}")
-        return list(prompt)
+        return list(prompt)  # pyright: ignore[reportReturnType]
 
-    def _streams(self, batch: Batch) -> list[TextStream | None]:
-        return [self.tokenizer.stream() if self.tokenizer else None for _ in batch.requests]
+    def _text_encoder(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise EngineError(f"{self.config.model} has no tokenizer files; give the prompt as token ids")
+        return self.tokenizer
 
-    def _complete(self, request: Request, start: float) -> Completion:
-        assert request.finish_reason is not None
-        text = self.tokenizer.decode(request.output_ids) if self.tokenizer else ""
-        metrics = RequestMetrics(len(request.prompt_ids), start, tuple(request.token_times))
-        return Completion(text, request.output_ids, request.finish_reason, metrics)
+    def forget_prefixes(self) -> None:
+        """Empties the prefix cache, so that the next prompts are computed in full."""
+        self.scheduler.pool.forget_contents()
+
+    def save(self, out: str) -> None:
+        """Writes the model as it is held to a new folder; see `checkpoint.save_model`."""
+        save_model(self.model, resolve_folder(self.config.model), Path(out))
+
+    def complete(self, request: Request) -> Completion:
+        """What became of a request that has ended."""
+        return request.completion(self.tokenizer.decode(request.output_ids) if self.tokenizer else "")
 
 
-def _event(request: Request, stream: TextStream | None) -> TokenEvent:
-    token_id = request.output_ids[-1]
-    text = stream.step(token_id) if stream else ""
-    return TokenEvent(request.index, token_id, text, request.finish_reason)
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens seen so far: one preallocated block for the whole batch, one row a request."""
+"""Keys and values of the tokens seen so far, in blocks; which block is whose, `block_pool` knows."""
 
 import torch
 from torch import Tensor
@@ -7,39 +7,22 @@ from rowint8.baseline_engine.config import ModelConfig
 
 
 class KvCache:
-    """keys and values, each [layers, rows, kv heads, length, head_dim].
+    """[2, layers, blocks, block_size, kv heads, head_dim]: keys, then values.
 
-    Position p of a request stands at index p of its row. The cache starts as zeros: what a mask hides is multiplied by
-    zero, which must not meet a NaN.
+    It starts as zeros: what a mask hides is multiplied by zero, which must not meet a NaN.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor):
-        self.keys, self.values = keys, values
-        self.layers = list(zip(keys.unbind(0), values.unbind(0), strict=True))
-        self.rows = torch.arange(keys.shape[1], device=keys.device)[:, None]
+    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device):
+        shape = (2, config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        self.data = torch.zeros(shape, dtype=dtype, device=device)
+        self.num_blocks, self.block_size = num_blocks, block_size
+        flat = self.data.flatten(2, 3)
+        self.slots: list[tuple[Tensor, Tensor]] = list(zip(flat[0].unbind(0), flat[1].unbind(0), strict=True))
+        """The same memory without blocks, [blocks * block_size, kv heads, head_dim] each, for writing."""
+        self.layers: list[tuple[Tensor, Tensor]] = list(
+            zip(self.data[0].unbind(0), self.data[1].unbind(0), strict=True)
+        )
 
-    @classmethod
-    def allocate(
-        cls, config: ModelConfig, rows: int, length: int, dtype: torch.dtype, device: torch.device
-    ) -> "KvCache":
-        """2 * layers * rows * kv heads * length * head_dim elements."""
-        shape = (config.num_layers, rows, config.num_kv_heads, length, config.head_dim)
-        keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        return cls(keys, values)
-
-    @property
-    def num_rows(self) -> int:
-        return self.keys.shape[1]
-
-    @property
-    def length(self) -> int:
-        return self.keys.shape[3]
-
-    @property
-    def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
-
-    def row(self, index: int) -> "KvCache":
-        """A cache of one row that shares this one's memory."""
-        rows = slice(index, index + 1)
-        return KvCache(self.keys[:, rows], self.values[:, rows])
+    @staticmethod
+    def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize

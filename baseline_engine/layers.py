@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,6 +20,8 @@ class Slot(NamedTuple):
     shape: tuple[int, ...]
     load: Callable[[Tensor], None]
     """Copies (or quantizes) a tensor of that shape into its place; ValueError where it holds NaN or Inf."""
+    held: dict[str, Tensor]
+    """What the place holds, by the names under which a checkpoint stores it."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,18 @@ class WeightFormat:
     int8: bool = False
     """Hold linear weights as INT8 rows (`rowint8.kernels`)."""
     fused: bool = False
-    """Run gate, up, SiLU and product as the one operator `ops.swiglu`; needs `int8` and no MLP bias."""
+    """Run gate, up, SiLU and product as the one operator `ops.swiglu`, and on CUDA sum and norm as
+    `ops.add_rms_norm`; needs `int8` and no MLP bias."""
+    int8_lm_head: bool = False
 
     def linear(self, in_features: int, out_features: int, bias: bool) -> "Linear":
         kind = Int8Linear if self.int8 else Linear
         return kind(in_features, out_features, bias, self.dtype, self.device)
+
+    def vocabulary(self, vocab_size: int, hidden_size: int) -> "Linear":
+        """An embedding, an output layer, or both in one."""
+        kind = Int8Linear if self.int8_lm_head else Linear
+        return kind(hidden_size, vocab_size, False, self.dtype, self.device)
 
 
 class Linear(nn.Module):
@@ -48,12 +56,12 @@ class Linear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, device: torch.device):
         super().__init__()
-        self.in_features = in_features
-        self._allocate(out_features, dtype, device)
+        self.in_features, self.dtype = in_features, dtype
+        self._allocate(out_features, device)
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
 
-    def _allocate(self, out_features: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.register_buffer("weight", torch.empty(out_features, self.in_features, dtype=dtype, device=device))
+    def _allocate(self, out_features: int, device: torch.device) -> None:
+        self.register_buffer("weight", torch.empty(out_features, self.in_features, dtype=self.dtype, device=device))
 
     def slots(self, parts: dict[str, int]) -> dict[str, Slot]:
         """Slots of the matrices stacked in this layer, top to bottom, given as name -> number of rows."""
@@ -61,17 +69,20 @@ class Linear(nn.Module):
         for name, size in parts.items():
             rows = slice(start, start + size)
             start += size
-            load = partial(self._load_rows, rows, f"{name}.weight")
-            slots[f"{name}.weight"] = Slot((size, self.in_features), load)
+            slots |= self._weight_slots(name, rows)
             if self.bias is not None:
                 slots[f"{name}.bias"] = copy_slot(self.bias[rows], f"{name}.bias")
         return slots
 
-    def _load_rows(self, rows: slice, name: str, weight: Tensor) -> None:
-        copy_slot(self.weight[rows], name).load(weight)
+    def _weight_slots(self, name: str, rows: slice) -> dict[str, Slot]:
+        return {f"{name}.weight": copy_slot(self.weight[rows], f"{name}.weight")}
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
+
+    def lookup(self, rows: Tensor) -> Tensor:
+        """Rows of the weight, as an embedding gives them: ids [T] -> [T, K]."""
+        return F.embedding(rows, self.weight)
 
 
 class Int8Linear(Linear):
@@ -80,16 +91,28 @@ class Int8Linear(Linear):
     values: Tensor
     scale: Tensor
 
-    def _allocate(self, out_features: int, dtype: torch.dtype, device: torch.device) -> None:
+    def _allocate(self, out_features: int, device: torch.device) -> None:
         values = torch.empty(out_features, self.in_features, dtype=torch.int8, device=device)
         self.register_buffer("values", values)
         self.register_buffer("scale", torch.empty(out_features, dtype=torch.float16, device=device))
 
-    def _load_rows(self, rows: slice, name: str, weight: Tensor) -> None:
-        self.values[rows], self.scale[rows] = quantize_rowwise(weight, name=name)
+    def _weight_slots(self, name: str, rows: slice) -> dict[str, Slot]:
+        values, scale = self.values[rows], self.scale[rows]
+
+        def load(weight: Tensor) -> None:
+            quantized = quantize_rowwise(weight, name=f"{name}.weight")
+            values.copy_(quantized.values)
+            scale.copy_(quantized.scale)
+
+        held = {f"{name}.weight": values, f"{name}.weight_scale": scale}
+        return {f"{name}.weight": Slot(tuple(values.shape), load, held)}
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.values, self.scale, self.bias)
+
+    def lookup(self, rows: Tensor) -> Tensor:
+        values = F.embedding(rows, self.values)
+        return (values.float() * self.scale[rows].float()[:, None]).to(self.dtype)
 
 
 def copy_slot(place: Tensor, name: str) -> Slot:
@@ -97,10 +120,14 @@ def copy_slot(place: Tensor, name: str) -> Slot:
 
     def load(tensor: Tensor) -> None:
         place.copy_(tensor)
-        if place.numel() and not torch.linalg.vector_norm(place, ord=math.inf).isfinite():
+        if place.numel() and place.is_floating_point() and not _all_finite(place):
             raise ValueError(f"{name}: holds NaN or Inf as {str(place.dtype).removeprefix('torch.')}")
 
-    return Slot(tuple(place.shape), load)
+    return Slot(tuple(place.shape), load, {name: place})
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    return bool(torch.linalg.vector_norm(tensor, ord=math.inf).isfinite())
 
 
 class RmsNorm(nn.Module):
@@ -111,6 +138,7 @@ class RmsNorm(nn.Module):
     def __init__(self, size: int, eps: float, form: WeightFormat):
         super().__init__()
         self.eps = eps
+        self.fused = form.fused and form.device.type == "cuda"  # on the CPU nothing is won, and torch rounds once less
         self.register_buffer("weight", torch.empty(size, dtype=form.dtype, device=form.device))
 
     def slots(self, name: str) -> dict[str, Slot]:
@@ -119,19 +147,22 @@ class RmsNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual)."""
+        if self.fused:
+            return ops.add_rms_norm(x, residual, self.weight, self.eps)
+        residual = x + residual
+        return self(residual), residual
 
-class Step(NamedTuple):
-    """What every layer of one forward pass shares. B rows (requests) of T tokens each; D is the head size."""
 
-    positions: Tensor
-    """int64 [B, T]: each token's place in its sequence, and so in the cache."""
-    rows: Tensor
-    """int64 [B, 1]: 0 .. B-1, the rows of the cache."""
+class Positions(NamedTuple):
+    """What every layer needs to know of the T tokens of a step."""
+
     cos: Tensor
-    """[B, T, 1, D], as is `sin`: see `rotation`."""
+    """[T, 1, D], as is `sin`: see `rotation`."""
     sin: Tensor
-    mask: Tensor | None
-    """Decode: [B, 1, 1, L], 0 where a row may look and -inf elsewhere. Prefill: None, tokens 0 .. T-1 look back."""
+    slots: Tensor
+    """int64 [T]: where in the cache each token's key and value go, counted in tokens."""
 
 
 def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
@@ -152,62 +183,51 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
 
 
 def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, T, 1, D] for `rotate`; the sign of the rotation's upper half is folded into sin."""
-    angles = positions[..., None, None] * frequencies
+    """cos and sin [T, 1, D] for `rotate`; the sign of the rotation's upper half is folded into sin."""
+    angles = positions[:, None, None] * frequencies
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair (x[d], x[d + D/2]) of [B, T, heads, D] by its angle. Rolling by D/2 swaps the halves."""
+    """Turns each pair (x[d], x[d + D/2]) of [T, heads, D] by its angle. Rolling by D/2 swaps the halves."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv:2305.13245) over a cache; q, k and v are one matrix product."""
+    """The products around grouped-query attention (arXiv:2305.13245); q, k and v are one."""
 
     def __init__(self, config: ModelConfig, form: WeightFormat):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.q_size, self.kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        bias = config.attention_bias
-        self.qkv = form.linear(config.hidden_size, self.q_size + 2 * self.kv_size, bias)
-        self.o = form.linear(self.q_size, config.hidden_size, bias)
+        self.qkv = form.linear(config.hidden_size, self.q_size + 2 * self.kv_size, config.qkv_bias)
+        self.o = form.linear(self.q_size, config.hidden_size, config.o_bias)
+        self.q_norm = RmsNorm(self.head_dim, config.rms_norm_eps, form) if config.qk_norm else None
+        self.k_norm = RmsNorm(self.head_dim, config.rms_norm_eps, form) if config.qk_norm else None
         self.hidden_size = config.hidden_size
 
     def slots(self, prefix: str) -> dict[str, Slot]:
         qkv = {f"{prefix}.q_proj": self.q_size, f"{prefix}.k_proj": self.kv_size, f"{prefix}.v_proj": self.kv_size}
-        return self.qkv.slots(qkv) | self.o.slots({f"{prefix}.o_proj": self.hidden_size})
+        slots = self.qkv.slots(qkv) | self.o.slots({f"{prefix}.o_proj": self.hidden_size})
+        if self.q_norm is not None and self.k_norm is not None:
+            slots |= self.q_norm.slots(f"{prefix}.q_norm") | self.k_norm.slots(f"{prefix}.k_norm")
+        return slots
 
-    def forward(self, x: Tensor, step: Step, keys: Tensor, values: Tensor) -> Tensor:
-        """x [B, T, hidden]; keys, values [B, kv heads, length, D], whose entries at the positions are written."""
-        batch, tokens, _ = x.shape
-        heads = self.qkv(x).view(batch, tokens, -1, self.head_dim)
-        qk, v = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=2)
-        q, k = rotate(qk, step.cos, step.sin).split((self.num_heads, self.num_kv_heads), dim=2)
-        keys[step.rows, :, step.positions] = k
-        values[step.rows, :, step.positions] = v
-        if step.mask is None:
-            return self.o(attend_causal(q, k, v).reshape(batch, tokens, -1))
-        return self.o(attend_cache(q, keys, values, step.mask).reshape(batch, tokens, -1))
+    def queries(self, x: Tensor, positions: Positions, keys: Tensor, values: Tensor) -> Tensor:
+        """x [T, hidden] -> queries [T, heads, D]; puts the tokens' keys and values into the layer's cache.
 
-
-def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each token looks at itself and back: q [B, T, heads, D], k and v [B, T, kv heads, D] -> [B, T, heads, D]."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-
-
-def attend_cache(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """One new token a row looks at the cache: q [B, 1, heads, D] -> [B, 1, heads, D].
-
-    The query heads that share a key head are passed as so many queries of that head: each key is read once (on the CPU
-    in bf16 this is faster than `enable_gqa`). Only as many entries as the mask is wide are read.
-    """
-    kv_heads, length = keys.shape[1], mask.shape[-1]
-    grouped = q.view(q.shape[0], kv_heads, -1, q.shape[-1])
-    out = F.scaled_dot_product_attention(grouped, keys[:, :, :length], values[:, :, :length], attn_mask=mask)
-    return out.reshape(q.shape)
+        keys, values: [cache slots, kv heads, D].
+        """
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        qk, v = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk.split((self.num_heads, self.num_kv_heads), dim=1)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
+        q, k = rotate(qk, positions.cos, positions.sin).split((self.num_heads, self.num_kv_heads), dim=1)
+        keys.index_copy_(0, positions.slots, k)
+        values.index_copy_(0, positions.slots, v)
+        return q
 
 
 class SwiGlu(nn.Module):

@@ -4,8 +4,9 @@
     ITL       each gap between two tokens of a request, in order
     TPOT      (end - first token) / (n - 1) of a request with n > 1 tokens: the mean of its gaps
     tok/s     output tokens of all requests / wall time, prefill included
-    peak_mem  the device's peak during the run, the weights included: on CUDA the bytes that torch's allocator held; on
-              the CPU the process's resident set, with Python and libraries
+    peak_mem  the device's peak during the run, the weights included: on CUDA the bytes that torch's allocator held
+              besides the KV cache, which takes what memory is left; on the CPU the process's resident set, with Python,
+              libraries and the blocks of the cache that were ever used
     speedup   baseline time / optimized time
 
 Output tokens include the end-of-sequence token. Loading and compiling come before the clock starts and are given apart.
@@ -13,9 +14,13 @@ Output tokens include the end-of-sequence token. Loading and compiling come befo
 
 import statistics
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -28,15 +33,16 @@ class RequestMetrics:
     start: float
     """When the request was handed in."""
     token_times: tuple[float, ...]
-    """When each output token reached the host; at least one."""
+    """When each output token reached the host."""
 
     @property
     def output_tokens(self) -> int:
         return len(self.token_times)
 
     @property
-    def ttft(self) -> float:
-        return self.token_times[0] - self.start
+    def ttft(self) -> float | None:
+        """None where the request failed before its first token."""
+        return self.token_times[0] - self.start if self.token_times else None
 
     @cached_property
     def itl(self) -> list[float]:
@@ -51,6 +57,45 @@ class RequestMetrics:
         return (self.token_times[-1] - self.token_times[0]) / (self.output_tokens - 1)
 
 
+@dataclass
+class StepTimes:
+    """Where the host's time went, summed over steps, and how full the blocks of the KV cache were."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    """schedule, launch (packing and queueing; on the CPU the computation too), wait (for the device), record."""
+    steps: int = 0
+    """That computed anything."""
+    tokens: int = 0
+    """Computed, prompts included."""
+    slots: int = 0
+    """Of the blocks that requests held, summed over steps."""
+    filled: int = 0
+    """Of those, the ones that hold a token's key and value after the step."""
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        start = perf_counter()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + perf_counter() - start
+
+    def count(self, chunks: Sequence[Any], scheduler: Any) -> None:
+        """Counts a step: its chunks, and the blocks of what runs."""
+        computed = sum(chunk.count for chunk in chunks)
+        self.steps += bool(chunks)
+        self.tokens += computed
+        self.slots += sum(len(request.blocks) for request in scheduler.running) * scheduler.pool.block_size
+        self.filled += sum(request.num_computed for request in scheduler.running) + computed
+
+    @property
+    def kv_waste(self) -> float:
+        """Share of the cache held by requests that holds no token."""
+        return 1 - self.filled / self.slots if self.slots else 0.0
+
+    def to_dict(self) -> dict:
+        parts = {f"{name}_s": seconds for name, seconds in self.seconds.items()}
+        return {"steps": self.steps, "tokens": self.tokens, "kv_waste": self.kv_waste, **parts}
+
+
 @dataclass(frozen=True)
 class RunMetrics:
     """One call of `Engine.generate`: its requests, handed in together."""
@@ -63,16 +108,18 @@ class RunMetrics:
     load_seconds: float
     """Of the engine: reading, and with INT8 quantizing, the weights."""
     compile_seconds: float
-    """Of this run, before its clock started; 0 where nothing had to be compiled."""
+    """Of the engine's start: compiling and capturing; 0 in eager mode."""
+    steps: StepTimes = field(default_factory=StepTimes)
 
     @property
     def output_tokens(self) -> int:
         return sum(request.output_tokens for request in self.requests)
 
     @property
-    def ttft(self) -> float:
-        """Mean over the requests."""
-        return statistics.fmean(request.ttft for request in self.requests)
+    def ttft(self) -> float | None:
+        """Mean over the requests that have one; None without one."""
+        values = [request.ttft for request in self.requests if request.ttft is not None]
+        return statistics.fmean(values) if values else None
 
     @property
     def itl(self) -> float | None:
@@ -103,6 +150,7 @@ class RunMetrics:
             "load_s": self.load_seconds,
             "compile_s": self.compile_seconds,
             "output_tokens": self.output_tokens,
+            "steps": self.steps.to_dict(),
             "requests": [_request_dict(request) for request in self.requests],
         }
 

@@ -1,29 +1,35 @@
-"""The Llama decoder (arXiv:2302.13971): embedding, layers, norm, logits."""
+"""The decoder of Llama (arXiv:2302.13971) and its relatives: embedding, layers, norm, logits."""
 
 from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rowint8.baseline_engine.config import ModelConfig
 from rowint8.baseline_engine.kv_cache import KvCache
 from rowint8.baseline_engine.layers import (
     Attention,
+    Linear,
+    Positions,
     RmsNorm,
     Slot,
-    Step,
     SwiGlu,
     WeightFormat,
-    copy_slot,
     rope_frequencies,
     rotation,
 )
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(queries [T, heads, D], keys, values of one layer's cache) -> [T, heads, D]; see `attention`."""
+
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """r += x; x = attention(norm(r)); r += x; x = mlp(norm(r)).
+
+    The residual stream r is added to where the next norm reads it, in the next layer if need be: one pass over memory
+    where sum and norm are one operator. The layer comes in two halves because attention, between them, is not compiled.
+    """
 
     def __init__(self, config: ModelConfig, form: WeightFormat):
         super().__init__()
@@ -40,43 +46,50 @@ class DecoderLayer(nn.Module):
             | self.mlp.slots(f"{prefix}.mlp")
         )
 
-    def forward(self, x: Tensor, step: Step, keys: Tensor, values: Tensor) -> Tensor:
-        """x [B, T, hidden] -> the same shape; keys, values [B, kv heads, length, D] are this layer's cache."""
-        x = x + self.attention(self.input_norm(x), step, keys, values)
-        return x + self.mlp(self.post_norm(x))
+    def before_attention(
+        self, x: Tensor, residual: Tensor, positions: Positions, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x, residual [T, hidden] -> (queries [T, heads, D], residual); the cache receives keys and values."""
+        x, residual = self.input_norm.add(x, residual)
+        return self.attention.queries(x, positions, keys, values), residual
+
+    def after_attention(self, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """attended [T, heads, D] -> (x, residual), each [T, hidden]."""
+        x, residual = self.post_norm.add(self.attention.o(attended.flatten(1)), residual)
+        return self.mlp(x), residual
 
 
-LayerFunction = Callable[[DecoderLayer, Tensor, Step, Tensor, Tensor], Tensor]
-
-
-class LlamaModel(nn.Module):
+class Decoder(nn.Module):
     """Weights are allocated in their final format and filled by `checkpoint.load_model`.
 
-    Embedding and output layer stay in the activation dtype; tied, they are one tensor.
+    Embedding and output layer stay in the activation dtype unless the format says otherwise; tied, they are one.
     """
-
-    embedding: Tensor
-    lm_head: Tensor
 
     def __init__(self, config: ModelConfig, form: WeightFormat):
         super().__init__()
         self.config, self.form = config, form
         shape = (config.vocab_size, config.hidden_size)
-        self.register_buffer("embedding", torch.empty(shape, dtype=form.dtype, device=form.device))
+        self.lm_head = form.vocabulary(*shape)
+        tied = config.tie_word_embeddings
+        self.embedding = self.lm_head if tied else Linear(shape[1], shape[0], False, form.dtype, form.device)
         self.layers = nn.ModuleList(DecoderLayer(config, form) for _ in range(config.num_layers))
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, form)
-        tied = config.tie_word_embeddings
-        self.register_buffer("lm_head", self.embedding if tied else torch.empty_like(self.embedding))
         self.frequencies = rope_frequencies(config, form.device)
+        self._before, self._after = DecoderLayer.before_attention, DecoderLayer.after_attention
+
+    def compile_layers(self) -> None:
+        """From now on both halves of a layer are compiled, at their first run, for all layers and numbers of tokens."""
+        self._before = torch.compile(DecoderLayer.before_attention, fullgraph=True, dynamic=True)
+        self._after = torch.compile(DecoderLayer.after_attention, fullgraph=True, dynamic=True)
 
     def slots(self) -> dict[str, Slot]:
         """The place of every tensor of a Hugging Face checkpoint, by its name there."""
-        slots = {"model.embed_tokens.weight": copy_slot(self.embedding, "model.embed_tokens.weight")}
+        slots = self.embedding.slots({"model.embed_tokens": self.config.vocab_size})
         for index, layer in enumerate(self._layers()):
             slots |= layer.slots(f"model.layers.{index}")
         slots |= self.norm.slots("model.norm")
         if not self.config.tie_word_embeddings:
-            slots["lm_head.weight"] = copy_slot(self.lm_head, "lm_head.weight")
+            slots |= self.lm_head.slots({"lm_head": self.config.vocab_size})
         return slots
 
     def _layers(self) -> Iterable[DecoderLayer]:
@@ -87,26 +100,19 @@ class LlamaModel(nn.Module):
         """Bytes of all weights as held, scales included; tied tensors count once."""
         return sum(buffer.nbytes for buffer in self.buffers())
 
-    def forward(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        cache: KvCache,
-        mask: Tensor | None,
-        run_layer: LayerFunction = DecoderLayer.forward,
-    ) -> Tensor:
-        """Token ids and positions int64 [B, T] -> the last layer's output [B, T, hidden]; fills the cache.
+    def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor, cache: KvCache, attend: Attend) -> Tensor:
+        """Token ids, positions and cache slots, each [T] -> normed hidden states [T, hidden]; fills the cache.
 
-        The mask is that of `layers.Step`: None for a prompt from position 0, [B, 1, 1, L] for one new token a row.
-        `run_layer` may be a compiled `DecoderLayer.forward`.
+        The tokens may belong to any number of requests: only `attend` knows which.
         """
-        cos, sin = rotation(positions, self.frequencies, self.form.dtype)
-        step = Step(positions, cache.rows, cos, sin, mask)
-        x = F.embedding(tokens, self.embedding)
-        for layer, (keys, values) in zip(self._layers(), cache.layers, strict=True):
-            x = run_layer(layer, x, step, keys, values)
-        return x
+        where = Positions(*rotation(positions, self.frequencies, self.form.dtype), slots)
+        x = self.embedding.lookup(tokens)
+        residual = torch.zeros_like(x)
+        for layer, slots_of_layer, blocks in zip(self._layers(), cache.slots, cache.layers, strict=True):
+            queries, residual = self._before(layer, x, residual, where, *slots_of_layer)
+            x, residual = self._after(layer, attend(queries, *blocks), residual)
+        return self.norm.add(x, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> [..., vocabulary] in the activation dtype."""
-        return F.linear(self.norm(hidden), self.lm_head)
+        return self.lm_head(hidden)

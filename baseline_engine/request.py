@@ -3,24 +3,27 @@
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from torch import Generator
-
+from rowint8.baseline_engine.block_pool import block_key
 from rowint8.baseline_engine.metrics import RequestMetrics
-from rowint8.baseline_engine.sampler import SamplingParams
+from rowint8.baseline_engine.sampler import SamplingState, TokenLogprobs
+from rowint8.baseline_engine.tokenizer import TextOutput
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "error", "abort"]
 
 
 class TokenEvent(NamedTuple):
-    """One new token, as handed to `on_token`."""
+    """One new token, as handed to `on_token`; or the end of a request that failed, without a token."""
 
     request: int
-    """Index of the prompt."""
-    token_id: int
+    """Index of the prompt (`Request.index`)."""
+    token_id: int | None
+    """None in the event of an error."""
     text: str
-    """The text that this token completes, maybe none; empty without a tokenizer."""
+    """The text that this token completes, maybe none (it may begin a stop string); empty without a tokenizer."""
     finish_reason: FinishReason | None
-    """"stop" at an end-of-sequence token, "length" at max_tokens or the end of the context, else None."""
+    """"stop" at an end-of-sequence or stop token or a stop string, "length" at max_tokens or the end of the context,
+    "error" where the engine had to give up on this request, else None."""
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -28,38 +31,90 @@ class Completion:
     """What became of one prompt."""
 
     text: str
-    """Without special tokens; empty without a tokenizer."""
+    """Without special tokens and without the stop string; empty without a tokenizer."""
     token_ids: list[int]
-    """The end-of-sequence token included."""
+    """The token that ended it included."""
     finish_reason: FinishReason
     metrics: RequestMetrics
+    logprobs: list[TokenLogprobs] | None = None
+    """One entry a token, where `SamplingParams.logprobs` asked for them."""
+    error: str | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
-    """The state of one prompt: row `index` of the cache, the tokens so far."""
+    """The state of one prompt: its tokens, which of them are computed, and where their keys and values are."""
 
     index: int
-    prompt_ids: list[int]
-    params: SamplingParams
+    tokens: list[int]
+    """Prompt and output."""
+    num_prompt: int
+    sampling: SamplingState
     max_tokens: int
     """`params.max_tokens`, clipped so that prompt and output fit the context."""
-    eos_token_ids: frozenset[int]
-    generator: Generator | None
-    output_ids: list[int] = field(default_factory=list)
+    stop_ids: frozenset[int]
+    text: TextOutput | None
+    start: float
+    """When it was handed in (`time.perf_counter`)."""
+
+    blocks: list[int] = field(default_factory=list)
+    """The block table: token p stands in block p // block_size at p % block_size."""
+    num_computed: int = 0
+    """Tokens whose keys and values are in the cache, or on their way there."""
+    num_pending: int = 0
+    """Tokens that the device has chosen, or is about to, and the host has not seen yet."""
+    sampled_row: int = 0
+    """Where in the last batch's sampled tokens the newest pending one is."""
+    keys: list[bytes] = field(default_factory=list)
+    """Of the full blocks of known tokens, as far as needed so far; see `block_key`."""
+    num_published: int = 0
+
     token_times: list[float] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    error: str | None = None
 
     @property
-    def last_position(self) -> int:
-        """Position of the newest token in the sequence."""
-        return len(self.prompt_ids) + len(self.output_ids) - 1
+    def output_ids(self) -> list[int]:
+        return self.tokens[self.num_prompt :]
+
+    @property
+    def num_tokens(self) -> int:
+        """Known and pending."""
+        return len(self.tokens) + self.num_pending
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens that the model has still to see; 0 where the last token allowed is already on its way."""
+        if self.num_tokens - self.num_prompt >= self.max_tokens:
+            return 0
+        return self.num_tokens - self.num_computed
+
+    def key(self, index: int, block_size: int) -> bytes:
+        """The key of the full block `index`, all of whose tokens must be known."""
+        while len(self.keys) <= index:
+            start = len(self.keys) * block_size
+            previous = self.keys[-1] if self.keys else b""
+            self.keys.append(block_key(previous, self.tokens[start : start + block_size]))
+        return self.keys[index]
 
     def append(self, token_id: int, time: float) -> None:
         """Records a new token and whether it is the last."""
-        self.output_ids.append(token_id)
+        self.num_pending -= 1
+        self.tokens.append(token_id)
         self.token_times.append(time)
-        if token_id in self.eos_token_ids and not self.params.ignore_eos:
+        stopped = self.text is not None and self.text.push(token_id)
+        if stopped or token_id in self.stop_ids:
             self.finish_reason = "stop"
-        elif len(self.output_ids) >= self.max_tokens:
+        elif len(self.tokens) - self.num_prompt >= self.max_tokens:
             self.finish_reason = "length"
+
+    def completion(self, text: str) -> Completion:
+        """What the caller gets; `text` is that of all output tokens, used where no stop string ended it earlier."""
+        assert self.finish_reason is not None
+        stopped = self.text.stopped_text if self.text else None
+        metrics = RequestMetrics(self.num_prompt, self.start, tuple(self.token_times))
+        logprobs = self.logprobs if self.sampling.params.logprobs is not None else None
+        return Completion(
+            text if stopped is None else stopped, self.output_ids, self.finish_reason, metrics, logprobs, self.error
+        )

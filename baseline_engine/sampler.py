@@ -1,24 +1,31 @@
-"""Logits to the next token: greedy, or drawn with a temperature, top-k and top-p.
+"""Logits to the next token, for a whole batch on the device: greedy, or drawn.
 
-Every request draws from its own generator, row by row, so what it draws does not depend on what it is batched with.
+A draw takes one uniform number u, made on the host from the request's own seed, and picks the first token at which the
+cumulative probability exceeds u (inversion). So what a request draws depends on its seed and its logits alone: not on
+what it is batched with, and not on the kind of device.
 """
 
 import math
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from rowint8.baseline_engine.errors import SettingError
+from rowint8.baseline_engine.transfer import to_device
 
 MIN_TEMPERATURE = 1e-5
 """Below it, differences between logits overflow; 0 is what is meant."""
+MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request's tokens are chosen."""
+    """How one request's tokens are chosen, and when it ends."""
 
     max_tokens: int = 64
     """Most tokens to generate, the end-of-sequence token included; fewer where prompt and output fill the context."""
@@ -28,57 +35,151 @@ class SamplingParams:
     """Draw from the k most likely tokens only; 0 is off."""
     top_p: float = 1.0
     """Draw from the fewest tokens whose probabilities add up to at least p; 1 is off (arXiv:1904.09751)."""
+    min_p: float = 0.0
+    """Draw from tokens at least this times as likely as the likeliest; 0 is off (arXiv:2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens seen so far, prompt included, are divided by it if positive, else multiplied; 1 is off
+    (arXiv:1909.05858)."""
     seed: int | None = None
     """Of this request's draws. The same seed, prompt and parameters give the same tokens; None draws a new seed."""
     ignore_eos: bool = False
     """Go on to max_tokens whatever the model says; for measurements."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the output, which does not include them. Needs a tokenizer."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the output besides the model's end-of-sequence tokens."""
+    logprobs: int | None = None
+    """How many of the likeliest tokens to report at each position, besides the chosen one; None reports nothing."""
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise SettingError(f"max_tokens is {self.max_tokens}; at least 1 is needed")
-        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < math.inf:
-            raise SettingError(
-                f"temperature is {self.temperature}; accepted is 0 (greedy) or at least {MIN_TEMPERATURE}"
-            )
-        if self.top_k < 0:
-            raise SettingError(f"top_k is {self.top_k}; accepted is 1 or more, or 0 for off")
-        if not 0 < self.top_p <= 1:
-            raise SettingError(f"top_p is {self.top_p}; accepted is above 0 and up to 1 (off)")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise SettingError(f"seed is {self.seed}; accepted is 0 to 2^63 - 1")
-        if self.temperature == 0 and (self.top_k or self.top_p < 1):
-            raise SettingError("top_k and top_p have no effect at temperature 0; set a temperature above 0")
-
-    def generator(self, device: torch.device) -> Generator | None:
-        """The source of this request's draws; None when greedy. Draws differ between kinds of device."""
-        if self.temperature == 0:
-            return None
-        generator = Generator(device)
-        if self.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(self.seed)
-        return generator
+        accepted = {
+            "max_tokens": (self.max_tokens >= 1, "1 or more"),
+            "temperature": (
+                self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < math.inf,
+                f"0 (greedy) or at least {MIN_TEMPERATURE}",
+            ),
+            "top_k": (self.top_k >= 0, "1 or more, or 0 for off"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and up to 1 (off)"),
+            "min_p": (0 <= self.min_p <= 1, "0 (off) to 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0; 1 is off"),
+            "seed": (self.seed is None or 0 <= self.seed < 2**63, "0 to 2^63 - 1"),
+            "stop": (not isinstance(self.stop, str) and all(self.stop), "a list of texts, none of them empty"),
+            "logprobs": (self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}, or None"),
+        }
+        for name, (fine, what) in accepted.items():
+            if not fine:
+                raise SettingError(f"{name} is {getattr(self, name)!r}; accepted is {what}")
+        if self.temperature == 0 and (self.top_k or self.top_p < 1 or self.min_p):
+            raise SettingError("top_k, top_p and min_p have no effect at temperature 0; set a temperature above 0")
 
 
-def sample(logits: Tensor, choices: Sequence[tuple[SamplingParams, Generator | None]]) -> list[int]:
-    """Next token of each row of logits [B, vocabulary], chosen by that row's parameters and generator."""
-    tokens = logits.argmax(dim=-1)
-    for row, (params, generator) in enumerate(choices):
-        if generator is not None:
-            tokens[row] = draw(logits[row], params, generator)
-    return tokens.tolist()
+class TokenLogprobs(NamedTuple):
+    """Natural logarithms of probabilities that the model gives, before penalties and temperature."""
+
+    chosen: float
+    top: dict[int, float]
+    """Token id to logprob, likeliest first."""
 
 
-def draw(logits: Tensor, params: SamplingParams, generator: Generator) -> Tensor:
-    """One token id (int64 scalar) from logits [vocabulary]; temperature, then top-k, then top-p."""
-    scores = (logits.float() - logits.max()) / params.temperature
-    if params.top_k == 0 and params.top_p == 1:
-        return torch.multinomial(scores.softmax(dim=-1), 1, generator=generator)[0]
-    scores, tokens = scores.topk(min(params.top_k or len(scores), len(scores)))
-    probabilities = scores.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    outside = before >= params.top_p
-    outside[0] = False  # the likeliest token stays, however small p is
-    probabilities = probabilities.masked_fill(outside, 0)
-    return tokens[torch.multinomial(probabilities, 1, generator=generator)[0]]
+@dataclass
+class SamplingState:
+    """One request's parameters, and what must be remembered between its draws."""
+
+    params: SamplingParams
+    uniform: random.Random = field(init=False)
+    seen: Tensor | None = None
+    """bool [vocabulary] on the device, for the repetition penalty."""
+
+    def __post_init__(self) -> None:
+        self.uniform = random.Random(self.params.seed)
+
+
+class Sampled(NamedTuple):
+    """On the device, one row a request."""
+
+    tokens: Tensor
+    """int64 [n]."""
+    logprobs: Tensor | None
+    """fp32 [n, 1 + k]: of the chosen token, then of the k likeliest."""
+    top_ids: Tensor | None
+    """int64 [n, k]."""
+
+
+def sample(logits: Tensor, states: Sequence[SamplingState], tokens_so_far: Sequence[Sequence[int]]) -> Sampled:
+    """The next token of each row of logits [n, vocabulary], by that row's parameters.
+
+    `tokens_so_far` (prompt and output on the host) is read only at a request's first sampling.
+    """
+    choices = _penalize(logits, states, tokens_so_far)
+    tokens = choices.argmax(dim=-1)
+    drawn = [row for row, state in enumerate(states) if state.params.temperature > 0]
+    for restricted in (False, True):
+        rows = [row for row in drawn if _is_restricted(states[row].params) is restricted]
+        if rows:
+            index = to_device(rows, logits.device, np.int64)
+            tokens[index] = draw(choices[index], [states[row] for row in rows], restricted)
+    for row, state in enumerate(states):
+        if state.seen is not None:
+            state.seen[tokens[row]] = True
+    return Sampled(tokens, *_logprobs(logits, tokens, states))
+
+
+def _is_restricted(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1
+
+
+def draw(logits: Tensor, states: Sequence[SamplingState], restricted: bool) -> Tensor:
+    """One token id a row (int64 [n]) from logits [n, vocabulary]: temperature, then min-p, top-k and top-p.
+
+    `restricted` is whether top-k or top-p apply, which need the tokens sorted.
+    """
+    rows = [state.params for state in states]
+    settings = [(p.temperature, p.min_p, p.top_k or logits.shape[1], p.top_p) for p in rows]
+    temperature, min_p, top_k, top_p = to_device(settings, logits.device, np.float32).T[..., None]
+    scores = (logits.float() - logits.amax(-1, keepdim=True)) / temperature
+    probabilities = scores.softmax(-1)
+    probabilities *= probabilities >= min_p * probabilities.amax(-1, keepdim=True)
+    if not restricted:
+        return _invert(probabilities, states)
+    probabilities, tokens = probabilities.sort(descending=True, stable=True)
+    probabilities *= torch.arange(probabilities.shape[1], device=logits.device) < top_k
+    probabilities /= probabilities.sum(-1, keepdim=True)
+    before = probabilities.cumsum(-1) - probabilities
+    outside = before >= top_p
+    outside[:, 0] = False  # the likeliest token stays, however small p is
+    return tokens.gather(1, _invert(probabilities.masked_fill(outside, 0), states)[:, None])[:, 0]
+
+
+def _invert(weights: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """The first index of each row of weights [n, V] at which their sum so far exceeds u times the whole."""
+    # u has 32 bits: u times the total is below the total in fp64, so an index is always found.
+    uniforms = [state.uniform.getrandbits(32) / 2**32 for state in states]
+    sums = weights.cumsum(-1, dtype=torch.float64)
+    targets = to_device(uniforms, weights.device, np.float64)[:, None] * sums[:, -1:]
+    return torch.searchsorted(sums, targets, right=True)[:, 0]
+
+
+def _penalize(logits: Tensor, states: Sequence[SamplingState], tokens_so_far: Sequence[Sequence[int]]) -> Tensor:
+    """Logits after repetition penalties; the same tensor where there are none."""
+    rows = [row for row, state in enumerate(states) if state.params.repetition_penalty != 1]
+    if not rows:
+        return logits
+    penalized = logits.to(torch.float32, copy=True)
+    for row in rows:
+        state, scores = states[row], penalized[row]
+        if state.seen is None:
+            state.seen = torch.zeros_like(scores, dtype=torch.bool)
+            state.seen[to_device(tokens_so_far[row], logits.device, np.int64)] = True
+        penalty = state.params.repetition_penalty
+        penalized[row] = torch.where(state.seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
+    return penalized
+
+
+def _logprobs(logits: Tensor, tokens: Tensor, states: Sequence[SamplingState]) -> tuple[Tensor | None, Tensor | None]:
+    """As in `Sampled`; (None, None) where no request asks for them."""
+    most = max((state.params.logprobs for state in states if state.params.logprobs is not None), default=None)
+    if most is None:
+        return None, None
+    logprobs = logits.float().log_softmax(-1)
+    top, ids = logprobs.topk(most)
+    return torch.cat((logprobs.gather(1, tokens[:, None]), top), dim=1), ids

@@ -164,6 +164,24 @@ class VllmRow(GenerationRow):
 
 
 @dataclass(frozen=True, kw_only=True, config=_CHECKED)
+class EngineRow(GenerationRow):
+    """One setup of the small engine, or of vLLM beside it, on one workload: medians over repeats."""
+
+    repeats: Count
+    spread: dict[Name, NotNegative]
+    """(largest - smallest) / median over the repeats, of "ttft_ms", "itl_ms", "tpot_ms" and "tok_s"."""
+    start_s: Positive
+    """Seconds until the setup's engine had started, once for all its rows, with caches as they were found."""
+    host_ms: NotNegative | None
+    """The host's own work a step: scheduling, packing, queueing, recording (on the CPU the computation too). None for
+    vLLM, as are the next two."""
+    kv_waste: Annotated[float, Field(ge=0, le=1)] | None
+    """Share of the KV cache held by requests that held no token, mean over steps."""
+    attention: Name | None
+    """What computed attention."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_CHECKED)
 class ServeRow:
     """One setup of `vllm serve` under requests that arrive at random (Poisson), measured by `vllm bench serve`."""
 

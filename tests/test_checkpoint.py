@@ -14,7 +14,10 @@ from rowint8.baseline_engine.checkpoint import load_model, resolve_folder
 from rowint8.baseline_engine.config import ModelConfig
 from rowint8.baseline_engine.errors import EngineError
 from rowint8.baseline_engine.layers import WeightFormat
+from rowint8.baseline_engine.sampler import SamplingParams
 from rowint8.kernels.quantize import quantize_rowwise
+from tests.engine_harness import engine_for, tokens_of
+from tests.tiny_models import prompts_of_ids, write_tiny
 
 CPU = torch.device("cpu")
 GATE = "model.layers.1.mlp.gate_proj.weight"
@@ -40,20 +43,11 @@ print(json.dumps([peak.read() - before, model.weight_bytes]))
 """
 
 
-def write_model(folder, *, max_shard_size="1GB", dtype=torch.float32, **overrides):
-    torch.manual_seed(0)
-    settings = {
-        "vocab_size": 96,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "attention_bias": True,
-    }
-    model = LlamaForCausalLM(LlamaConfig(**(settings | overrides))).to(dtype)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
-    return folder
+SHAPE = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "attention_bias": True}
+
+
+def write_model(folder, *, max_shard_size="1GB", **overrides):
+    return write_tiny(folder, max_shard_size=max_shard_size, **(SHAPE | {"tie_word_embeddings": False} | overrides))
 
 
 @pytest.fixture
@@ -89,8 +83,8 @@ def test_every_tensor_lands_in_its_rows(sharded_folder):
         gate_up = [reference[f"{prefix}.mlp.{part}_proj.weight"] for part in ("gate", "up")]
         assert torch.equal(layer.mlp.gate_up.weight, torch.cat(gate_up))
         assert torch.equal(layer.mlp.down.weight, reference[f"{prefix}.mlp.down_proj.weight"])
-    assert torch.equal(model.lm_head, reference["lm_head.weight"])
-    assert torch.equal(model.embedding, reference["model.embed_tokens.weight"])
+    assert torch.equal(model.lm_head.weight, reference["lm_head.weight"])
+    assert torch.equal(model.embedding.weight, reference["model.embed_tokens.weight"])
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -110,7 +104,7 @@ def test_tied_embeddings_are_one_tensor(tmp_path):
     model = load(folder)
     assert model.lm_head is model.embedding
     edit(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
-    assert torch.equal(load(folder).embedding, model.embedding)
+    assert torch.equal(load(folder).embedding.weight, model.embedding.weight)
 
 
 def test_stored_rotary_frequencies_are_ignored(model_folder):
@@ -245,3 +239,24 @@ def test_loading_int8_never_holds_the_bf16_model(tmp_path):
     assert grown > 0.95 * weight_bytes, "the weights themselves must have been counted"
     assert grown < weight_bytes + one_tensor + one_block, f"{(grown - weight_bytes) / 2**20:.0f} MiB beyond the weights"
     assert grown < bf16_bytes, "not even the bf16 model alone would fit into that"
+
+
+@pytest.mark.parametrize("quantization", ["none", "rowint8"])
+def test_a_saved_model_loads_again_to_the_same_tokens(tmp_path, quantization):
+    engine = engine_for(write_model(tmp_path / "model"), quantization=quantization)
+    prompts = [[token % 96 for token in prompt] for prompt in prompts_of_ids(5, 12)]
+    expected = tokens_of(engine, prompts, SamplingParams(max_tokens=12))
+    engine.save(str(tmp_path / "saved"))
+    again = engine_for(tmp_path / "saved")  # an INT8 checkpoint needs no flag
+    assert again.model.weight_bytes == engine.model.weight_bytes
+    assert again.model.layers[0].mlp.fused is (quantization == "rowint8")
+    assert tokens_of(again, prompts, SamplingParams(max_tokens=12)) == expected
+    with pytest.raises(EngineError, match="exists already; remove it"):
+        engine.save(str(tmp_path / "saved"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "saved"]
+
+
+def test_an_int8_output_layer_is_not_saved(tmp_path):
+    engine = engine_for(write_model(tmp_path / "model"), quantization="rowint8", int8_lm_head=True)
+    with pytest.raises(EngineError, match="load it without int8_lm_head"):
+        engine.save(str(tmp_path / "saved"))

@@ -30,7 +30,9 @@ def test_help_has_an_example_and_every_flag():
     assert result.exit_code == 0
     assert "Example: baseline-generate --model" in result.stdout
     flags = (
-        "model prompt chat max-tokens temperature top-k top-p seed quantization fused no-fused mode dtype device json"
+        "model prompt chat max-tokens temperature top-k top-p min-p repetition-penalty seed stop quantization "
+        "fused no-fused int8-lm-head mode dtype device max-seqs max-batch-tokens max-context "
+        "cache-tokens memory-fraction json"
     )
     for flag in flags.split():
         assert f"--{flag}" in result.stdout
@@ -61,6 +63,18 @@ def test_json_contract(smollm2, extra):
     assert metrics["peak_mem_bytes"] > metrics["weight_bytes"] > 100e6
     assert metrics["compile_s"] == 0
     assert [len(request["itl_ms"]) for request in metrics["requests"]] == [5, 5]
+
+
+def test_fused_without_int8_is_refused(smollm2):
+    result = call("--model", smollm2, "--prompt", "a", "--fused")
+    assert result.exit_code == 2
+    assert result.stderr.strip().endswith("fused SwiGLU is an INT8 operator; give quantization rowint8 with it")
+
+
+def test_a_stop_text_ends_the_output(smollm2):
+    options = ["--prompt", "The capital of France is", "--max-tokens", 20, "--stop", "Paris", "--json"]
+    result = last_json(call("--model", smollm2, *options, *FAST))
+    assert (result["texts"], result["finish_reasons"]) == ([" "], ["stop"])
 
 
 def test_seeded_draws_repeat(smollm2):
@@ -115,7 +129,7 @@ def test_warmup_runs_the_request_before_it_is_measured(smollm2, monkeypatch):
         (["--prompt", "a", "--temperature", "-1"], 2, "temperature is -1.0"),
         (["--prompt", "a", "--top-p", "0.5"], 2, "set a temperature above 0"),
         (["--prompt", "a", "--max-tokens", "0"], 2, "max_tokens is 0"),
-        (["--prompt", "a", "--fused"], 2, "fused SwiGLU is an INT8 operator"),
+        (["--prompt", "a", "--max-seqs", "0"], 2, "max_seqs is 0"),
         (["--prompt", "a", "--device", "tpu"], 2, "device is 'tpu'"),
         (["--prompt", "a"], 1, "is no folder here; give a folder or a hub name"),
     ],

@@ -30,13 +30,15 @@ def read(folder, generation=None, **changes):
 def test_what_may_be_left_out(tmp_path):
     config = read(tmp_path)
     assert (config.num_kv_heads, config.head_dim, config.rope_theta) == (8, 8, 10000.0)
-    assert (config.attention_bias, config.mlp_bias, config.rope_scaling) == (False, False, None)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias, config.rope_scaling) == (False, False, False, None)
+    assert (config.qk_norm, config.sliding_window) == (False, None)
     assert config.dtype == torch.float32
 
 
 def test_what_is_given_is_taken(tmp_path):
     config = read(tmp_path, num_key_value_heads=2, head_dim=16, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-3)
-    assert (config.num_kv_heads, config.head_dim, config.attention_bias, config.mlp_bias) == (2, 16, True, True)
+    assert (config.num_kv_heads, config.head_dim, config.mlp_bias) == (2, 16, True)
+    assert (config.qkv_bias, config.o_bias) == (True, True)
     assert config.rms_norm_eps == 1e-3
 
 
@@ -74,11 +76,42 @@ def test_generation_config_adds_end_of_sequence_ids(tmp_path, eos, generation, e
 
 
 @pytest.mark.parametrize(
+    ("family", "changes", "expected"),
+    [
+        ("Mistral", {}, (False, False, False, 4096)),
+        ("Mistral", {"sliding_window": 77}, (False, False, False, 77)),
+        ("Qwen2", {"sliding_window": 77}, (True, False, False, None)),
+        ("Qwen2", {"sliding_window": 77, "use_sliding_window": True}, (True, False, False, None)),
+        (
+            "Qwen2",
+            {"sliding_window": 77, "use_sliding_window": True, "max_window_layers": 0},
+            (True, False, False, 77),
+        ),
+        ("Qwen3", {"attention_bias": True}, (True, True, True, None)),
+    ],
+)
+def test_what_tells_the_families_apart(tmp_path, family, changes, expected):
+    config = read(tmp_path, architectures=[f"{family}ForCausalLM"], **changes)
+    assert (config.qkv_bias, config.o_bias, config.qk_norm, config.sliding_window) == expected
+
+
+def test_a_null_window_is_none(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps(BASE | {"architectures": ["MistralForCausalLM"], "sliding_window": None})
+    )
+    assert ModelConfig.from_folder(tmp_path).sliding_window is None
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
+            {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "max_window_layers": 1},
+            "layers with and without sliding window",
+        ),
+        (
             {"architectures": ["MambaForCausalLM"]},
-            "architecture MambaForCausalLM; the engine runs LlamaForCausalLM only",
+            "architecture MambaForCausalLM; the engine runs LlamaForCausalLM, MistralForCausalLM, Qwen2",
         ),
         ({"architectures": None}, "architecture none named"),
         ({"hidden_size": None, "vocab_size": None}, "missing vocab_size, hidden_size"),

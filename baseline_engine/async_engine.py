@@ -1,0 +1,104 @@
+"""The engine for coroutines: `async for event in engine.stream(prompt, params)`.
+
+One thread steps the engine as long as there is work. Requests reach it through a queue; each event goes back to the
+loop of the coroutine that waits for it.
+"""
+
+import asyncio
+import itertools
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+
+from rowint8.baseline_engine.engine import Engine, Prompt
+from rowint8.baseline_engine.errors import EngineError
+from rowint8.baseline_engine.request import Request, TokenEvent
+from rowint8.baseline_engine.sampler import SamplingParams
+
+Deliver = Callable[[TokenEvent | BaseException], None]
+
+
+class AsyncEngine:
+    """Serves an `Engine`, which nobody else may use meanwhile. An async context manager: its end stops the thread."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._listeners: dict[int, Deliver] = {}
+        self._indices = itertools.count()
+        self._lock = threading.Lock()
+        self._accepting = False
+        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+
+    async def __aenter__(self) -> "AsyncEngine":
+        self._accepting = True
+        self._thread.start()
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self._commands.put(self._stop)
+        await asyncio.to_thread(self._thread.join)
+
+    async def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams = SamplingParams(),  # noqa: B008 (frozen)
+        *,
+        chat: bool = False,
+    ) -> AsyncIterator[TokenEvent]:
+        """The events of one request as they come. Leaving the loop early, or its cancellation, aborts the request.
+
+        Raises:
+            EngineError: as `Engine.add`; or the engine failed.
+        """
+        request = self._engine.make_request(prompt, params, chat=chat, index=next(self._indices))
+        loop, events = asyncio.get_running_loop(), asyncio.Queue()
+
+        def deliver(event: TokenEvent | BaseException) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        with self._lock:
+            if not self._accepting:
+                raise EngineError("the engine is not running; use `async with AsyncEngine(engine)`")
+            self._commands.put(lambda: self._add(request, deliver))
+        try:
+            while True:
+                event = await events.get()
+                if isinstance(event, BaseException):
+                    raise EngineError(f"the engine failed: {event}") from event
+                yield event
+                if event.finish_reason is not None:
+                    return
+        finally:
+            self._commands.put(lambda: self._drop(request))
+
+    def _add(self, request: Request, deliver: Deliver) -> None:
+        self._listeners[request.index] = deliver
+        self._engine.scheduler.add(request)
+
+    def _drop(self, request: Request) -> None:
+        self._listeners.pop(request.index, None)
+        self._engine.abort(request)
+
+    def _stop(self) -> None:
+        self._accepting = False
+
+    def _serve(self) -> None:
+        try:
+            while self._accepting:
+                if not self._engine.has_work:
+                    self._commands.get()()  # sleeps until something comes
+                self._obey()
+                for event in self._engine.step():
+                    if event.request in self._listeners:
+                        self._listeners[event.request](event)
+        except Exception as error:  # whoever waits must learn of it
+            with self._lock:
+                self._accepting = False
+            self._obey()
+            for deliver in self._listeners.values():
+                deliver(error)
+
+    def _obey(self) -> None:
+        while not self._commands.empty():
+            self._commands.get()()

@@ -1,0 +1,196 @@
+"""Speed and memory of the small engine, rung by rung, and of vLLM beside it on the same requests.
+
+Every setup runs in a process of its own (`bench_engine_worker`). The ladder: plain torch, torch.compile, CUDA graphs,
+INT8 weights, INT8 with SwiGLU and norms fused; each rung keeps what the one before it has. Requests of a workload are
+handed in together and decoded greedily, with nothing cached; each workload runs once unmeasured, then medians count.
+"""
+
+import json
+import os
+import random
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from rowint8.baseline_engine.metrics import RequestMetrics, RunMetrics, speedup
+from rowint8.eval.bench_vllm import GPU_MEMORY_UTILIZATION, MAX_BATCHED_TOKENS, Workload
+from rowint8.eval.bench_vllm_worker import random_prompts
+from rowint8.eval.console import compact_table
+from rowint8.eval.errors import EvalError
+from rowint8.eval.processes import run_quietly, vllm_environment
+from rowint8.eval.schema import GIB, EngineRow
+
+DEFAULT_WORKLOADS = "1x128x128,8x128x128,32x128x128"
+THROUGHPUT_SEQUENCES = 256
+THROUGHPUT_TOKENS = (100, 1024)
+"""Least and most tokens of a prompt, and of an output, in the throughput workload."""
+
+_INT8 = {"quantization": "rowint8"}
+_METRICS = ("ttft_ms", "itl_ms", "tpot_ms", "tok_s")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One way of running the model in one engine."""
+
+    engine: str
+    arguments: dict[str, Any]
+    """Of `EngineConfig`, or of `vllm.LLM`."""
+
+
+def setups(gpu: bool) -> dict[str, Setup]:
+    """The rungs in order, then vLLM's. On the CPU there are no graphs, and vLLM is left out."""
+    best = "graph" if gpu else "compile"
+    rungs = {
+        "bf16-eager": {"mode": "eager"},
+        "bf16-compile": {"mode": "compile"},
+        **({"bf16-graph": {"mode": "graph"}} if gpu else {}),
+        "int8": {**_INT8, "mode": best, "fused": False},
+        "int8-fused": {**_INT8, "mode": best, "fused": True},
+        "int8-fused-lm-head": {**_INT8, "mode": best, "fused": True, "int8_lm_head": True},
+    }
+    found = {name: Setup("baseline", arguments) for name, arguments in rungs.items()}
+    if gpu:
+        found |= {"vllm-bf16": Setup("vllm", {}), "vllm-rowint8": Setup("vllm", dict(_INT8))}
+    return found
+
+
+@dataclass(frozen=True)
+class Requests:
+    """One workload: token ids of each prompt, and how many tokens to generate after each."""
+
+    prompts: list[list[int]]
+    outputs: list[int]
+
+    @property
+    def longest(self) -> int:
+        pairs = zip(self.prompts, self.outputs, strict=True)
+        return max(len(prompt) + output for prompt, output in pairs)
+
+
+def uniform_requests(workload: Workload, vocab_size: int) -> Requests:
+    """The prompts that `bench vllm` uses for the same workload."""
+    prompts = random_prompts(workload.batch, workload.prompt_tokens, vocab_size)
+    return Requests(prompts, [workload.output_tokens] * workload.batch)
+
+
+def throughput_requests(vocab_size: int, sequences: int = THROUGHPUT_SEQUENCES) -> Requests:
+    """Requests of uniformly drawn lengths, the same at every call."""
+    draw = random.Random(sequences)
+    prompts = [[draw.randrange(vocab_size) for _ in range(draw.randint(*THROUGHPUT_TOKENS))] for _ in range(sequences)]
+    return Requests(prompts, [draw.randint(*THROUGHPUT_TOKENS) for _ in range(sequences)])
+
+
+def run_setup(setup: Setup, folder: Path, dummy: bool, workloads: Sequence[Requests], repeats: int) -> dict[str, Any]:
+    """Measures one setup in a new process; what `bench_engine_worker.bench` returns.
+
+    Raises:
+        EvalError: it failed; the message holds the end of its log.
+    """
+    request = {
+        "engine": setup.engine,
+        "arguments": _arguments(setup, folder, dummy, workloads),
+        "dummy": dummy,
+        "workloads": [{"prompts": each.prompts, "outputs": each.outputs} for each in workloads],
+        "repeats": repeats,
+    }
+    environment = dict(os.environ)
+    if setup.engine == "vllm":
+        environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **vllm_environment()}
+    command = [sys.executable, "-m", "rowint8.eval.bench_engine_worker"]
+    return json.loads(run_quietly(command, environment, json.dumps(request)).strip().splitlines()[-1])
+
+
+def _arguments(setup: Setup, folder: Path, dummy: bool, workloads: Sequence[Requests]) -> dict[str, Any]:
+    """What both engines are told alike: context, sequences and tokens at a time, share of the GPU's memory."""
+    context = max(each.longest for each in workloads)
+    sequences = max(len(each.prompts) for each in workloads)
+    common = {"model": str(folder), "dtype": "bfloat16"}
+    if setup.engine == "baseline":
+        limits = {"max_context": context, "max_seqs": sequences, "max_batch_tokens": MAX_BATCHED_TOKENS}
+        return {**common, **limits, "memory_fraction": GPU_MEMORY_UTILIZATION, **setup.arguments}
+    limits = {"max_model_len": context, "max_num_seqs": sequences, "max_num_batched_tokens": MAX_BATCHED_TOKENS}
+    loading = {"load_format": "dummy"} if dummy else {}
+    return {**common, **limits, "gpu_memory_utilization": GPU_MEMORY_UTILIZATION, **loading, **setup.arguments}
+
+
+def setup_rows(name: str, engine: str, workloads: Sequence[Requests], result: dict[str, Any]) -> list[EngineRow]:
+    """The rows of one setup from what its worker returned.
+
+    Raises:
+        EvalError: a request has not as many tokens as asked for.
+    """
+    return [_row(name, engine, requests, run, result) for requests, run in zip(workloads, result["runs"], strict=True)]
+
+
+def _row(name: str, engine: str, requests: Requests, run: dict[str, Any], result: dict[str, Any]) -> EngineRow:
+    repeats = [_metrics(name, requests, repeat, run["peak_mem"], result).to_dict() for repeat in run["repeats"]]
+    values = {key: [repeat[key] for repeat in repeats] for key in _METRICS if repeats[0][key] is not None}
+    medians = {key: statistics.median(measured) for key, measured in values.items()}
+    last = run["repeats"][-1]
+    ours = engine == "baseline"
+    return EngineRow(
+        engine="baseline" if ours else "vllm",
+        setup=name.removeprefix("vllm-"),
+        batch=len(requests.prompts),
+        prompt_tokens=round(statistics.fmean(map(len, requests.prompts))),
+        output_tokens=round(statistics.fmean(requests.outputs)),
+        ttft_ms=medians["ttft_ms"],
+        itl_ms=medians.get("itl_ms"),
+        tpot_ms=medians.get("tpot_ms"),
+        tok_s=medians["tok_s"],
+        weights_gib=result["weights"] / GIB,
+        peak_mem_gib=run["peak_mem"] / GIB,
+        repeats=len(repeats),
+        spread={key: (max(measured) - min(measured)) / medians[key] for key, measured in values.items()},
+        start_s=result["start_s"],
+        host_ms=sum(last["host_s"].values()) * 1000 / last["steps"] if ours else None,
+        kv_waste=last["kv_waste"] if ours else None,
+        attention=last["attention"] if ours else None,
+    )
+
+
+def _metrics(name: str, requests: Requests, repeat: dict, peak: int, result: dict[str, Any]) -> RunMetrics:
+    times = repeat["token_times"]
+    if [len(tokens) for tokens in times] != requests.outputs:
+        raise EvalError(f"{name}: the engine did not return as many tokens as it was asked for")
+    pairs = zip(requests.prompts, times, strict=True)
+    metrics = tuple(RequestMetrics(len(prompt), repeat["start"], tuple(tokens)) for prompt, tokens in pairs)
+    wall = max(tokens[-1] for tokens in times) - repeat["start"]
+    return RunMetrics(metrics, wall, peak, result["weights"], load_seconds=result["start_s"], compile_seconds=0.0)
+
+
+def ladder_table(rows: Sequence[EngineRow]) -> Table:
+    """One line a workload and setup, the setups of a workload together."""
+    table = compact_table(
+        title="batch x prompt tokens x output tokens",
+        caption="x before, x first: tok/s over the line above and over the workload's first; host ms: the host's own "
+        "work a step (on the CPU the computation too); waste: empty part of the KV blocks in use",
+    )
+    for heading in ("workload", "setup"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("TTFT ms", "TPOT ms", "tok/s", "x before", "x first", "peak GiB", "host ms", "waste"):
+        table.add_column(heading, justify="right")
+    for workload in dict.fromkeys(_size(row) for row in rows):
+        same = [row for row in rows if _size(row) == workload]
+        for before, row in zip([same[0], *same], same, strict=False):
+            table.add_row(
+                "x".join(map(str, workload)) if row is same[0] else "",
+                row.setup if row.engine == "baseline" else f"vLLM {row.setup}",
+                *(f"{value:.2f}" if value is not None else "-" for value in (row.ttft_ms, row.tpot_ms)),
+                f"{row.tok_s:.1f}",
+                *(f"{speedup(1 / base.tok_s, 1 / row.tok_s):.2f}" for base in (before, same[0])),
+                f"{row.peak_mem_gib:.2f}",
+                "-" if row.host_ms is None else f"{row.host_ms:.3f}",
+                "-" if row.kv_waste is None else f"{row.kv_waste:.1%}",
+            )
+    return table
+
+
+def _size(row: EngineRow) -> tuple[int, int, int]:
+    return row.batch, row.prompt_tokens, row.output_tokens

@@ -1,0 +1,115 @@
+"""One engine, started and measured in this process: `python -m rowint8.eval.bench_engine_worker < request`.
+
+The request on stdin is {"engine": "baseline" or "vllm", "arguments": those of `EngineConfig` or `vllm.LLM`, "dummy":
+whether the weights are random, "workloads": [{"prompts": token ids of each, "outputs": tokens to generate after each}],
+"repeats": n}. The last line of stdout is JSON: {"start_s", "weights", "runs": [{"repeats": [...], "peak_mem"}]}, in
+bytes and seconds; a repeat is {"start", "token_times"} and, of the small engine, {"host_s", "steps", "kv_waste",
+"attention"}.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Generate = Callable[[list[list[int]], list[int]], dict[str, Any]]
+
+
+def bench(engine: str, workloads: list[dict], repeats: int, **how: Any) -> dict[str, Any]:
+    """Starts the engine, then runs each workload once unmeasured and `repeats` times measured."""
+    start = time.perf_counter()
+    generate, read_memory = (start_baseline if engine == "baseline" else start_vllm)(**how)
+    result: dict[str, Any] = {"start_s": time.perf_counter() - start, "runs": []}
+    for workload in workloads:
+        measured = [generate(workload["prompts"], workload["outputs"]) for _ in range(1 + repeats)][1:]
+        result["weights"], peak = read_memory()
+        result["runs"].append({"repeats": measured, "peak_mem": peak})
+    return result
+
+
+def start_baseline(arguments: dict[str, Any], dummy: bool) -> tuple[Generate, Callable[[], tuple[int, int]]]:
+    """The small engine; functions that generate and that read (weight bytes, peak bytes of the last generation)."""
+    from rowint8.baseline_engine.engine import Engine, EngineConfig
+    from rowint8.baseline_engine.sampler import SamplingParams
+
+    config = EngineConfig(**arguments)
+    engine = Engine(config, model=random_model(config) if dummy else None)
+
+    def generate(prompts: list[list[int]], outputs: list[int]) -> dict[str, Any]:
+        engine.forget_prefixes()
+        params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in outputs]
+        start = time.perf_counter()
+        completions = engine.generate(prompts, params)
+        steps = engine.times
+        return {
+            "start": start,
+            "token_times": [completion.metrics.token_times for completion in completions],
+            "host_s": {name: seconds for name, seconds in steps.seconds.items() if name != "wait"},
+            "steps": steps.steps,
+            "kv_waste": steps.kv_waste,
+            "attention": engine.attention_name,
+        }
+
+    def read_memory() -> tuple[int, int]:
+        assert engine.metrics is not None
+        return engine.metrics.weight_bytes, engine.metrics.peak_mem
+
+    return generate, read_memory
+
+
+def random_model(config: Any) -> Any:
+    """A model of the folder's config.json with normal random weights of variance 1 / K, made on the device."""
+    import torch
+
+    from rowint8.baseline_engine.config import ModelConfig
+    from rowint8.baseline_engine.model import Decoder
+    from rowint8.baseline_engine.startup import weight_format
+
+    device = config.torch_device()
+    model_config = ModelConfig.from_folder(Path(config.model))
+    form = weight_format(config, model_config, device)
+    model = Decoder(model_config, form)
+    torch.manual_seed(0)
+    for slot in model.slots().values():
+        weight = torch.ones(slot.shape, dtype=form.dtype, device=device)
+        slot.load(weight.normal_(std=slot.shape[-1] ** -0.5) if len(slot.shape) == 2 else weight)
+    return model
+
+
+def start_vllm(arguments: dict[str, Any], dummy: bool) -> tuple[Generate, Callable[[], tuple[int, int]]]:
+    """vLLM, stepped in this process; functions as those of `start_baseline`."""
+    from vllm import LLM, SamplingParams
+    from vllm.inputs import tokens_input
+    from vllm.sampling_params import RequestOutputKind
+
+    from rowint8.eval.bench_vllm_worker import PROBE
+
+    llm = LLM(**arguments, worker_extension_cls=PROBE, enable_prefix_caching=False, skip_tokenizer_init=True)
+    llm.collective_rpc("rowint8_watch")
+    engine: Any = llm.llm_engine
+
+    def generate(prompts: list[list[int]], outputs: list[int]) -> dict[str, Any]:
+        times: dict[str, list[float]] = {str(index): [] for index in range(len(prompts))}
+        common: dict[str, Any] = dict(temperature=0, ignore_eos=True, detokenize=False)
+        start = time.perf_counter()
+        for name, prompt, count in zip(times, prompts, outputs, strict=True):
+            params = SamplingParams(max_tokens=count, output_kind=RequestOutputKind.DELTA, **common)
+            engine.add_request(name, tokens_input(prompt), params)
+        while engine.has_unfinished_requests():
+            finished = engine.step()
+            now = time.perf_counter()
+            for output in finished:
+                times[output.request_id] += [now] * len(output.outputs[0].token_ids)
+        return {"start": start, "token_times": list(times.values())}
+
+    def read_memory() -> tuple[int, int]:
+        (rank,) = llm.collective_rpc("rowint8_read")
+        return rank["weights"], rank["peak_mem"]
+
+    return generate, read_memory
+
+
+if __name__ == "__main__":
+    print(json.dumps(bench(**json.load(sys.stdin))), flush=True)

@@ -1,0 +1,75 @@
+"""The command `rowint8 bench engine`."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from rowint8.eval.cli_output import Json, err, out, save, write
+from rowint8.eval.errors import EvalError
+
+
+def bench_engine(
+    setups: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Comma-separated: bf16-eager, bf16-compile, bf16-graph, int8, int8-fused, int8-fused-lm-head, "
+            "vllm-bf16, vllm-rowint8. Default: all that run here."
+        ),
+    ] = None,
+    model: Annotated[Optional[Path], typer.Option(help="A model folder, instead of random weights.")] = None,  # noqa: UP045
+    config: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Shape of the random weights: llama-3.1-8b, tiny, ... or a config.json. Default: the first."),
+    ] = None,
+    layers: Annotated[Optional[int], typer.Option(min=1, help="Depth of the random weights, instead of all.")] = None,  # noqa: UP045
+    workloads: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Comma-separated BATCHxPROMPTxOUTPUT. Default: 1x128x128,8x128x128,32x128x128."),
+    ] = None,
+    sequences: Annotated[
+        int, typer.Option(min=0, help="Of the throughput workload (100 to 1024 tokens in and out); 0 leaves it out.")
+    ] = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured runs of a workload; medians count.")] = 3,
+    json_file: Json = None,
+) -> None:
+    """Time the small engine, rung by rung, and vLLM beside it, each setup in a process of its own.
+
+    Example: rowint8 bench engine --sequences 256 --json engine.json
+    """
+    import torch
+
+    from rowint8.eval import bench_engine as job
+    from rowint8.eval.bench_vllm import parse_workloads
+    from rowint8.eval.bench_vllm_setups import choose_setups, model_folder
+    from rowint8.eval.console import busy_warning
+
+    known: dict[str, Any] = job.setups(torch.cuda.is_available())
+    names = choose_setups(setups, known)
+    sizes = parse_workloads(workloads or job.DEFAULT_WORKLOADS)
+    if warning := busy_warning():
+        err.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+    rows: list[Any] = []
+    failed = []
+    with model_folder(model, config, layers) as (folder, loading):
+        vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+        requests = [job.uniform_requests(size, vocab_size) for size in sizes]
+        requests += [job.throughput_requests(vocab_size, sequences)] if sequences else []
+        for number, name in enumerate(names, 1):
+            try:
+                with err.status(f"{name} ({number} of {len(names)})"):
+                    result = job.run_setup(known[name], folder, bool(loading), requests, repeats)
+                rows += job.setup_rows(name, known[name].engine, requests, result)
+            except EvalError as error:
+                failed.append(name)
+                err.print(f"{name}: {error}", markup=False, highlight=False, soft_wrap=True)
+                continue
+            err.print(f"{name}: started in {result['start_s']:.0f} s", highlight=False)
+            if json_file:
+                save(json_file, rows)  # an interrupted run keeps what it measured
+    if rows:
+        out.print(job.ladder_table(rows))
+        write(json_file, rows)
+    if failed:
+        raise EvalError(f"failed: {', '.join(failed)}; why is said above")

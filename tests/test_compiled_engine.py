@@ -1,0 +1,65 @@
+"""torch.compile and CUDA graphs change no token."""
+
+import pytest
+import torch
+
+from rowint8.baseline_engine.sampler import SamplingParams
+from tests.engine_harness import assert_all_memory_returned, engine_for, tokens_of
+from tests.tiny_models import prompts_of_ids, write_tiny
+
+PROMPTS = prompts_of_ids(3, 17, 1, 30)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize("quantization", ["none", "rowint8"])
+def test_compiled_equals_eager_and_compiles_nothing_once_it_has_started(folder, quantization):
+    eager = engine_for(folder, quantization=quantization)
+    assert eager.compile_seconds == 0
+    engine = engine_for(folder, quantization=quantization, mode="compile")
+    assert engine.compile_seconds > 0
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for prompts in (PROMPTS[:1], PROMPTS, PROMPTS[1:]):
+        expected = tokens_of(eager, prompts, SamplingParams(max_tokens=12))
+        assert tokens_of(engine, prompts, SamplingParams(max_tokens=12)) == expected
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert_all_memory_returned(engine)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantization", ["none", "rowint8"])
+@pytest.mark.parametrize("mode", ["eager", "compile", "graph"])
+def test_cuda_equals_cpu(folder, quantization, mode):
+    params = SamplingParams(max_tokens=16)
+    expected = tokens_of(engine_for(folder, quantization=quantization), PROMPTS, params)
+    limits = {"max_batch_tokens": 256, "max_seqs": 8, "cache_tokens": 512}
+    cuda = engine_for(folder, quantization=quantization, mode=mode, device="cuda", **limits)
+    assert tokens_of(cuda, PROMPTS, params) == expected
+    assert [tokens_of(cuda, [prompt], params)[0] for prompt in PROMPTS] == expected
+    sampled = SamplingParams(max_tokens=16, temperature=1.0, top_p=0.9, seed=1)
+    assert tokens_of(cuda, PROMPTS, sampled) == tokens_of(cuda, PROMPTS, sampled)
+    assert cuda.metrics.peak_mem > cuda.metrics.weight_bytes
+    assert bool(cuda.runner.graphs) == (mode == "graph")
+    assert_all_memory_returned(cuda)
+
+
+@pytest.mark.gpu
+def test_graphs_survive_preemption_and_small_budgets(folder):
+    prompts, params = prompts_of_ids(2, 11, 40, 5, 25, 33), SamplingParams(max_tokens=20)
+    expected = tokens_of(engine_for(folder), prompts, params)
+    small = {"cache_tokens": 80, "block_size": 16, "max_context": 80, "max_batch_tokens": 12, "max_seqs": 5}
+    cuda = engine_for(folder, mode="graph", device="cuda", **small)
+    assert tokens_of(cuda, prompts, params) == expected
+    assert cuda.scheduler.num_preemptions > 0
+    assert_all_memory_returned(cuda)
+
+
+@pytest.mark.gpu
+def test_the_cache_takes_the_memory_that_is_left(smollm2):
+    engine = engine_for(smollm2, dtype="bfloat16", device="cuda", memory_fraction=0.3, max_context=2048)
+    total = torch.cuda.mem_get_info()[1]
+    assert 0.2 * total < engine.runner.cache.data.nbytes < 0.3 * total
+    assert len(tokens_of(engine, ["The capital of France is"], SamplingParams(max_tokens=4))[0]) == 4
