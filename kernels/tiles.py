@@ -6,7 +6,7 @@ to their shared memory; those that are not Hopper never take a `HopperTile`.
 
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from triton import knobs
@@ -73,6 +73,9 @@ def pick_tile(op: str, m: int, n: int, k: int, itemsize: int, shared_memory: int
         itemsize: bytes of one activation.
         shared_memory: bytes that one program may use on this card; see `shared_memory_limit`.
     """
+    tuned = _tuned(op, m, n, k)
+    if isinstance(tuned, TileConfig) and itemsize == 2:
+        return _fit(tuned, itemsize, shared_memory)
     middle = _ONE_WAVE_N < n < WIDE_N
     if m == 1 and middle and op == "linear":
         return _ONE_TOKEN_MIDDLE
@@ -169,6 +172,9 @@ def pick_hopper_tile(op: str, m: int, n: int, k: int, processors: int) -> Hopper
     Args:
         processors: multiprocessors of the card.
     """
+    tuned = _tuned(op, m, n, k)
+    if tuned is not None:
+        return tuned if isinstance(tuned, HopperTile) else None
     if m < _HOPPER_MIN_TOKENS[op]:
         return None
     splits = _SPLITS if op == "linear" else (1,)
@@ -191,6 +197,13 @@ def _hopper_us(tile: HopperTile, m: int, n: int, k: int, processors: int) -> flo
     parts_mb = 4 * tile.split * n * tiles_m * tile.block_m / 1e6
     splitting = _SPLIT_US + _PART_US_PER_MB * parts_mb if tile.split > 1 else 0.0
     return _LAUNCH_US + (computing**4 + reading**4) ** 0.25 + splitting
+
+
+def _tuned(op: str, m: int, n: int, k: int) -> Any:
+    """The tile that `rowint8 tune` found on this card for 16-bit activations, or None."""
+    from rowint8.kernels.tuned import tuned_tile  # imports the tiles of this module
+
+    return tuned_tile(op, m, n, k)
 
 
 @cache

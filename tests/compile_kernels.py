@@ -1,0 +1,105 @@
+"""Compiles the kernels for every card, without one: `python -m tests.compile_kernels`, not under the interpreter.
+
+What is compiled is what the operators launch for the layers of Llama-3.1-8B and any number of tokens, each kernel once.
+Prints one JSON object per kernel: card, operator and sizes of a launch, name and tile of the kernel, shared memory in
+bytes, tensor memory in columns, and registers, stack and local memory per thread as its binary's resource report has
+them.
+"""
+
+import json
+import multiprocessing
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+
+import torch
+from triton import knobs
+
+from tests.fake_cards import CARDS, Launch, compiled, install, recorded
+
+PRODUCTS = (
+    ("linear", 28672, 4096),
+    ("linear", 6144, 4096),
+    ("linear", 4096, 4096),
+    ("linear", 4096, 14336),
+    ("swiglu", 28672, 4096),
+    ("swiglu", 3584, 4096),
+)
+"""Operator, N and K: Llama-3.1-8B's, and its gate and up as one of eight GPUs holds them, where they are narrow."""
+TOKENS = (1, *(m for power in range(1, 14) for m in (2**power, 2**power + 1)))
+_SOME_TOKENS = (1, 64)
+_UNEVEN_K = 4096 + 16
+"""What no block divides."""
+_OFF_SIXTEEN = 4096 + 8
+"""What TMA cannot read, either: a Hopper card then takes the kernels of the others."""
+
+
+def launches() -> Iterator[Launch]:
+    """bf16 with a bias or a residual on every card; fp16 without, and K as it rarely is, on some."""
+    for card in CARDS:
+        yield Launch(card, "add_rms_norm", 1, 4096, 4096, bias=True)
+        for op, n, k in PRODUCTS:
+            yield from (Launch(card, op, m, n, k, bias=op == "linear") for m in TOKENS)
+    yield Launch("sm90", "add_rms_norm", 1, 4096, 4096, dtype=torch.float16)
+    for m in _SOME_TOKENS:
+        for op in ("linear", "swiglu"):
+            yield Launch("sm90", op, m, 28672, 4096, dtype=torch.float16)
+            yield Launch("sm89", op, m, 28672, _UNEVEN_K, dtype=torch.float16)
+            yield Launch("sm90", op, m, 28672, _OFF_SIXTEEN)
+
+
+def distinct(launches: Iterable[Launch]) -> list[Launch]:
+    """One launch for each kernel."""
+    by_kernel: dict[tuple, Launch] = {}
+    for launch in launches:
+        for kernel in recorded(launch.run):
+            by_kernel.setdefault((launch.card, *kernel), launch)
+    return list(dict.fromkeys(by_kernel.values()))
+
+
+def reports(launch: Launch) -> list[dict]:
+    """Compiles what the launch needs."""
+    return [
+        dict(
+            card=launch.card,
+            op=launch.op,
+            m=launch.m,
+            n=launch.n,
+            k=launch.k,
+            kernel=kernel.metadata.name,
+            tile=_tile(kernel),
+            shared=kernel.metadata.shared,
+            tensor_memory=kernel.metadata.tmem_size,
+            **_resources(kernel.asm["cubin"]),
+        )
+        for kernel in compiled(launch.run)
+    ]
+
+
+def _tile(kernel) -> str:
+    """Tokens x weight rows x K of a program, as far as it has them, warps and stages."""
+    constants = {kernel.src.fn.arg_names[path[0]]: value for path, value in kernel.src.constants.items()}
+    if config := constants.get("config"):
+        return f"{config.block_m}x{config.across}*{config.rows}x{config.deep}*{config.block_k}"
+    sizes = "x".join(str(constants[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK") if name in constants)
+    return f"{sizes} w{kernel.metadata.num_warps} s{kernel.metadata.num_stages}"
+
+
+def _resources(binary: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", text)
+    assert found, text
+    return dict(zip(("registers", "stack", "local"), map(int, found.groups()), strict=True))
+
+
+if __name__ == "__main__":
+    install()
+    with multiprocessing.get_context("fork").Pool() as pool:
+        for compilation in pool.imap_unordered(reports, distinct(launches())):
+            for report in compilation:
+                print(json.dumps(report), flush=True)
