@@ -3,17 +3,23 @@
 import signal
 import sys
 import time
+from collections.abc import Collection
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from rowint8.eval.cli_bench import bench
 from rowint8.eval.cli_output import Json, err, out, write
+from rowint8.eval.cli_report import report
+from rowint8.eval.cli_tune import tune
 from rowint8.eval.demo_model import DEFAULT_FOLDER, make_demo_model
 from rowint8.eval.errors import EvalError
+
+if TYPE_CHECKING:
+    from rowint8.eval.quantize_checkpoint import Convert, Source
 
 app = typer.Typer(
     help="Write INT8 checkpoints, and measure INT8 row-wise weights in a small engine and in vLLM.\n\n"
@@ -23,6 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench, name="bench")
+app.command("report")(report)
+app.command("tune")(tune)
 
 
 Dtype = Annotated[
@@ -38,6 +46,7 @@ class Format(str, Enum):
 
 class Method(str, Enum):
     rtn = "rtn"
+    gptq = "gptq"
 
 
 def _print_version(wanted: bool) -> None:
@@ -145,19 +154,34 @@ def quantize(
         Optional[list[str]],  # noqa: UP045
         typer.Option(help='A layer to leave as it is: its full name, or "re:" and a pattern. Repeat for more.'),
     ] = None,
-    method: Annotated[Method, typer.Option(help="rtn: round to nearest, no calibration.")] = Method.rtn,
+    method: Annotated[
+        Method, typer.Option(help="rtn: round to nearest. gptq: round for a text, which takes minutes.")
+    ] = Method.rtn,
+    calibration: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="The text for gptq, 16,384 tokens or more: a text file, or .jsonl with the fields page or text."
+        ),
+    ] = None,
 ) -> None:
     """Write a checkpoint whose linear layers are INT8, one file of the source at a time.
 
     Example: rowint8 quantize models/smollm2-135m-instruct models/smollm2-rowint8
+
+    Example: rowint8 quantize MODEL OUT --method gptq --calibration book.txt
     """
     from rowint8.eval import quantize_checkpoint as job
     from rowint8.eval.console import progress
 
+    if (method is Method.gptq) != (calibration is not None):
+        raise EvalError("--method gptq and --calibration TEXT need each other; --method rtn takes neither")
     job.refuse_existing(target)
     source = job.open_source(job.source_folder(model))
     ignored = job.ignored_layers(source.layers, ignore or ())
-    convert = job.round_to_nearest(source.layers - ignored)
+    if calibration:
+        convert = _calibrated(source, source.layers - ignored, calibration)
+    else:
+        convert = job.round_to_nearest(source.layers - ignored)
     with progress(err, "quantizing", source.num_tensors) as advance:
         written = job.write_checkpoint(source, target, form.value, ignored, convert, advance)
     out.print(
@@ -227,6 +251,19 @@ def agreement(
         rows = job.compare(folder, _arithmetic(dtype))
     out.print(job.agreement_table(rows))
     write(json_file, rows)
+
+
+def _calibrated(source: "Source", layers: Collection[str], text: Path) -> "Convert":
+    from rowint8.eval import gptq
+    from rowint8.eval.console import progress
+    from rowint8.eval.fidelity import read_text, token_windows
+
+    windows = token_windows(source.folder, read_text(text), gptq.WINDOW, gptq.WINDOWS)
+    if len(windows) < gptq.WINDOWS:
+        needed = gptq.WINDOW * gptq.WINDOWS
+        raise EvalError(f"{text} has fewer than {needed} tokens, and from less gptq learns the text, not the language")
+    with progress(err, "calibrating", len(layers)) as advance:
+        return gptq.calibrate(source, layers, windows, advance)
 
 
 def _arithmetic(dtype: str | None) -> str:

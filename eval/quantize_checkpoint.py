@@ -28,7 +28,7 @@ from rowint8.kernels.quantize import Int8Weight, quantize_rowwise
 INDEX = "model.safetensors.index.json"
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
 _WRITTEN = re.compile(r"config\.json|.*\.index\.json")
-_MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that engines merge into one, and that must therefore be quantized or not together."""
 
 Convert = Callable[[str, Tensor], Tensor | Int8Weight]
@@ -143,7 +143,7 @@ def ignored_layers(layers: Collection[str], ignore: Sequence[str]) -> frozenset[
 
 def _check_merged(layer: str, layers: Collection[str], ignored: Collection[str]) -> None:
     parent, _, kind = layer.rpartition(".")
-    for parts in _MERGED:
+    for parts in MERGED:
         siblings = [f"{parent}.{part}" for part in parts] if kind in parts else []
         rest = [name for name in siblings if name in layers and name not in ignored]
         if rest:

@@ -1,0 +1,289 @@
+"""results/*.json as Markdown: REPORT.md, and the generated parts of README.md and POSTMORTEM.md. Measures nothing.
+
+What is not measured is printed as TBD. The kind of a file's rows is told by their keys, so new files of a known kind
+need no change here.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from rowint8.eval import schema
+from rowint8.eval.errors import EvalError
+from rowint8.eval.markdown import TBD, fill, folded, number, table
+from rowint8.eval.plot_report import pictures
+from rowint8.eval.report_checks import check_all, read_ceilings
+from rowint8.eval.report_kernels import compiler_table, kernel_section, limits, readme_table, tallies
+from rowint8.eval.report_memory import memory_section
+from rowint8.eval.schema import (
+    GIB,
+    AgreementRow,
+    EngineRow,
+    FidelityRow,
+    GenerationRow,
+    KernelRow,
+    QualityRow,
+    Results,
+    ServeRow,
+    read_results,
+)
+
+Found = Mapping[str, Results]
+"""Result files by their names without ".json"."""
+
+_KINDS: list[Any] = [kind for name, kind in vars(schema).items() if name.endswith("Row") and is_dataclass(kind)]
+_OURS = ("baseline bf16", "baseline int8", "baseline int8-fused")
+_PRODUCTION = ("vllm bf16", "vllm rowint8")
+_CAPSTONE = {
+    "engine-h100": _OURS + _PRODUCTION,
+    "engine-cpu": _OURS + _PRODUCTION,
+    "vllm-h100": _PRODUCTION,
+    "demo-h100": _OURS + _PRODUCTION,
+    "demo-cpu": _OURS + _PRODUCTION,
+}
+"""File to the setups that it should have."""
+
+
+def read_folder(folder: Path) -> dict[str, Results]:
+    """Every result file of a folder, checked.
+
+    Raises:
+        EvalError: there is none, or one is not of the form in `schema` or holds what cannot be.
+    """
+    found = {path.stem: read_results(path, _kind(path)) for path in sorted(folder.glob("*.json"))}
+    if not found:
+        raise EvalError(f"{folder} has no result files; `rowint8 demo --json {folder}/demo.json` makes one")
+    check_all(found)
+    return found
+
+
+def _kind(path: Path) -> type:
+    """The row type whose fields are nearest to the keys of the file's first row."""
+    try:
+        keys = set(json.loads(path.read_bytes())["rows"][0])
+    except (OSError, ValueError, LookupError, TypeError):
+        keys = set()  # reading it as whatever kind says what is wrong
+    return min(_KINDS, key=lambda kind: len({field.name for field in fields(kind)} ^ keys))
+
+
+def documents(folder: Path, found: Found) -> dict[Path, str]:
+    """What REPORT.md, README.md and POSTMORTEM.md should be; the last two beside the folder, where they exist."""
+    beside = [folder.parent / name for name in ("README.md", "POSTMORTEM.md")]
+    filled = {
+        path: fill(path.read_text(encoding="utf-8"), parts(found), path.name) for path in beside if path.is_file()
+    }
+    return {folder / "REPORT.md": report(found), **filled}
+
+
+def parts(found: Found) -> dict[str, str]:
+    """The generated parts of other documents by the names in their markers."""
+    kernels = found.get("kernels-h100")
+    return {
+        "kernels": f"{readme_table(kernels)}\n{tallies(_of_kind(found, KernelRow))}",
+        "demo": _engine_chapter(found.get("demo-cpu"), _OURS),
+        "quality": _quality_line(found.get("quality-cpu")),
+        "agreement": _agreement_line(found),
+        "limits": limits(kernels),
+        "compiler": compiler_table(found.get("kernels-compile-h100")),
+        "gaps": _gaps(found),
+    }
+
+
+def report(found: Found) -> str:
+    """REPORT.md."""
+    kernels = _of_kind(found, KernelRow)
+    sections = {
+        "Whole engines": _engines(found),
+        "Prompt processing and token generation": _pp_tg(found),
+        "Serving under load": _serving(found),
+        "Kernels": "\n".join([tallies(kernels), _chapters(found, KernelRow, kernel_section, "kernels-h100")]),
+        "Memory": memory_section(read_ceilings(found)),
+        "Quality": _quality(found),
+        "Agreement of the two engines": _agreement_line(found),
+        "Plots": "\n".join(f"![{name}]({name})" for name in pictures(found)) or TBD,
+        "Reproduction": _reproduction(found),
+    }
+    head = "# Report\n\nWritten by `rowint8 report` from the files in this folder; do not edit. TBD: not measured yet. "
+    head += "What the columns mean is defined in [metrics.py](../baseline_engine/metrics.py).\n"
+    return head + "".join(f"\n## {title}\n\n{text.strip()}\n" for title, text in sections.items())
+
+
+def _of_kind(found: Found, kind: type) -> dict[str, Results]:
+    return {stem: results for stem, results in found.items() if isinstance(results.rows[0], kind)}
+
+
+def _chapters(found: Found, kind: type, section, expected: str) -> str:
+    """A chapter for every file with such rows, and for the expected one in any case."""
+    chosen = {expected: None, **_of_kind(found, kind)}
+    return "\n".join(f"### {stem}\n\n{section(results) if results else TBD}\n" for stem, results in chosen.items())
+
+
+def _engines(found: Found) -> str:
+    files = {stem: found.get(stem) for stem in _CAPSTONE} | _of_kind(found, GenerationRow)
+    chapters = [f"### {stem}\n\n{_engine_chapter(found, _CAPSTONE.get(stem, ()))}\n" for stem, found in files.items()]
+    note = "baseline: the small engine of this repository; x: tok/s over the first line's of the same batch and tokens."
+    return "\n".join([note, "", *chapters])
+
+
+def _engine_chapter(results: Results[GenerationRow] | None, wanted: Sequence[str]) -> str:
+    """Where, by what, and a line a row; the wanted setups that are missing are lines too."""
+    rows = results.rows if results else ()
+    present = {_role(row) for row in rows}
+    tasks = list(dict.fromkeys(map(_task, rows)))
+    firsts = {_task(row): row for row in reversed(rows)}
+    ordered = sorted(rows, key=lambda row: tasks.index(_task(row)))
+    lines = [_engine_cells(row, firsts[_task(row)]) for row in ordered]
+    lines += [[role, *[TBD] * 7] for role in wanted if role not in present]
+    heading = ["setup", "batch", "prompt tokens", "output tokens", "TTFT ms", "tok/s", "peak memory GiB", "notes"]
+    source = f"{results.environment.device}, `{results.command}`\n\n" if results else ""
+    return source + table(heading, lines)
+
+
+def _task(row: GenerationRow) -> tuple[int, int, int]:
+    return row.batch, row.prompt_tokens, row.output_tokens
+
+
+def _role(row: GenerationRow) -> str:
+    """The engine and setup without its mode, such as "baseline int8-fused"."""
+    return re.sub("-(eager|compile|graph)$", "", f"{row.engine} {row.setup}")
+
+
+def _engine_cells(row: GenerationRow, first: GenerationRow) -> list[str]:
+    counts = [str(n) for n in (row.batch, row.prompt_tokens, row.output_tokens)]
+    gaps = f"ITL {row.itl_ms:.2f} ms, TPOT {row.tpot_ms:.2f} ms, " if row.itl_ms and row.tpot_ms else ""
+    notes = f"{gaps}weights {row.weights_gib:.3f} GiB, {row.tok_s / first.tok_s:.2f}x"
+    if isinstance(row, EngineRow) and row.host_ms is not None and row.kv_waste is not None:
+        notes += f", host {row.host_ms:.2f} ms a step, KV waste {row.kv_waste:.1%}, {row.attention} attention"
+    times = [number(row.ttft_ms, 1), number(row.tok_s, 1), number(row.peak_mem_gib, 3)]
+    return [f"{row.engine} {row.setup}", *counts, *times, notes]
+
+
+def _pp_tg(found: Found) -> str:
+    lines = []
+    for stem, results in _of_kind(found, GenerationRow).items():
+        for row in results.rows:
+            setup = [stem, f"{row.engine} {row.setup}", number(row.weights_gib, 3), str(row.batch)]
+            if row.output_tokens == 1 or row.batch == 1:
+                lines.append([*setup, f"pp{row.prompt_tokens}", f"{row.prompt_tokens * _prompts_s(row):.1f}"])
+            if row.tpot_ms:
+                lines.append([*setup, f"tg{row.output_tokens}", f"{row.batch * 1000 / row.tpot_ms:.1f}"])
+    note = "\npp: prompt tokens a second until the first token; tg: batch / TPOT, the prompts left out.\n"
+    return table(["file", "setup", "weights GiB", "batch", "test", "t/s"], lines or [[TBD] * 6]) + note
+
+
+def _prompts_s(row: GenerationRow) -> float:
+    return row.tok_s if row.output_tokens == 1 else 1000 / row.ttft_ms
+
+
+def _serving(found: Found) -> str:
+    heading = ["file", "requests/s", "setup", "prompt tokens", "output tokens", "TTFT p50 ms", "TTFT p99 ms"]
+    heading += ["TPOT p50 ms", "TPOT p99 ms", "tok/s", "goodput/s"]
+    lines = []
+    for stem, results in _of_kind(found, ServeRow).items():
+        for row in results.rows:
+            times = [number(time[p], 1) for time in (row.ttft_ms, row.tpot_ms) for p in ("p50", "p99")]
+            load = [
+                f"{row.request_rate:g}",
+                f"{row.engine} {row.setup}",
+                str(row.prompt_tokens),
+                str(row.output_tokens),
+            ]
+            limits = ", ".join(f"{name} <= {ms:g} ms" for name, ms in row.goodput_limits_ms.items())
+            lines.append([stem, *load, *times, number(row.tok_s, 1), f"{row.goodput:.2f} ({limits})"])
+    return table(heading, lines or [["serve-h100", *[TBD] * 10]])
+
+
+def _quality(found: Found) -> str:
+    lm_eval = _chapters(found, QualityRow, _quality_table, "quality-smollm2")
+    return lm_eval + "\n" + _chapters(found, FidelityRow, _fidelity_table, "fidelity-smollm2")
+
+
+def _quality_table(results: Results[QualityRow]) -> str:
+    heading = ["task", "metric", "setup", "arithmetic", "questions", "value", "paired difference", "gained", "lost"]
+    return table(heading, [_quality_cells(row) for row in results.rows])
+
+
+def _quality_cells(row: QualityRow) -> list[str]:
+    setup = [row.task, row.metric, f"{row.engine} {row.setup}", row.dtype, str(row.questions)]
+    flips = ["" if count is None else str(count) for count in (row.gained, row.lost)]
+    return [*setup, f"{row.value:.4f} ± {row.stderr:.4f}", _difference(row), *flips]
+
+
+def _difference(row: QualityRow) -> str:
+    return "" if row.difference is None else f"{row.difference:+.4f} ± {row.difference_stderr or 0.0:.4f}"
+
+
+def _fidelity_table(results: Results[FidelityRow]) -> str:
+    heading = ["setup", "text", "tokens", "perplexity", "d(nll)", "KL mean", "median", "p99", "max", "same top-1"]
+    lines = []
+    for row in results.rows:
+        kl = [f"{value:.3g}" for value in (row.kl_mean, row.kl_median, row.kl_p99, row.kl_max)]
+        nll = f"{row.nll_difference:+.5f} ± {row.nll_difference_stderr:.5f}"
+        counts = [row.setup, row.text, str(row.tokens), f"{row.perplexity:.4f}", nll]
+        lines.append([*counts, *kl, f"{row.same_top1:.2%}"])
+    return table(heading, lines)
+
+
+def _quality_line(results: Results[QualityRow] | None) -> str:
+    if results is None:
+        return TBD
+    pairs = [(_plain(results, row), row) for row in results.rows if row.difference is not None]
+    told = [f"{row.metric} {plain:.4f} to {row.value:.4f} (paired {_difference(row)})" for plain, row in pairs]
+    last = results.rows[-1]
+    return f"{last.questions} questions through vLLM, {last.dtype}: {'; '.join(told)}."
+
+
+def _plain(results: Results[QualityRow], row: QualityRow) -> float:
+    return next(r.value for r in results.rows if (r.task, r.metric) == (row.task, row.metric) and r.difference is None)
+
+
+def _agreement_line(found: Found) -> str:
+    told = []
+    for stem, results in _of_kind(found, AgreementRow).items():
+        rows: Sequence[AgreementRow] = results.rows
+        gaps = ", ".join(f"{row.logprob_gap:.3f}" for row in rows if row.logprob_gap is not None)
+        same = f"{sum(row.agreed == row.tokens for row in rows)} of {len(rows)} prompts, {rows[0].tokens} tokens each"
+        where = f"; where they part vLLM sees the two tokens {gaps} nats apart" if gaps else ""
+        told.append(f"{same} on {results.environment.device} in {rows[0].dtype} ({stem}){where}")
+    return f"Both engines with rowint8 write the same greedy tokens: {'. '.join(told)}." if told else TBD
+
+
+def _gaps(found: Found) -> str:
+    """One request: time a token beside the least to read the weights and beside vLLM's; rows with either."""
+    ceilings = read_ceilings(found)
+    lines = []
+    for stem in _CAPSTONE:
+        results = found.get(stem)
+        rows = [row for row in results.rows if row.batch == 1 and row.tpot_ms] if results else []
+        rates = ceilings.get(results.environment.device) if results else None
+        told = [cells for cells in (_gap_cells(stem, row, rows, rates) for row in rows) if cells[-2:] != [TBD, TBD]]
+        lines += told if rows else [[stem, *[TBD] * 5]]
+    return table(["file", "setup", "TPOT ms", "reading the weights, ms", "x that", "x vLLM's"], lines)
+
+
+def _gap_cells(stem: str, row: GenerationRow, rows: Sequence[GenerationRow], read_tb_s: float | None) -> list[str]:
+    tpot = row.tpot_ms or 0.0
+    least = row.weights_gib * GIB / read_tb_s / 1e9 if read_tb_s else None
+    peer = "vllm bf16" if "bf16" in row.setup else "vllm rowint8"
+    vllm = [other.tpot_ms for other in rows if _role(other) == peer and _task(other) == _task(row) and other.tpot_ms]
+    over = [
+        number(tpot / base if base else None, digits) for base, digits in ((least, 1), (min(vllm, default=None), 2))
+    ]
+    return [stem, f"{row.engine} {row.setup}", f"{tpot:.2f}", number(least, 3), *over]
+
+
+def _reproduction(found: Found) -> str:
+    heading = ["file", "measured", "device", "driver", "python", "torch", "triton", "transformers", "vllm", "commit"]
+    lines, commands = [], ""
+    for stem, results in found.items():
+        env = results.environment
+        commit = (env.git_commit or "not a checkout")[:14] + (" + changes" if env.git_dirty else "")
+        versions = [env.driver, env.python, env.torch, env.triton, env.transformers, env.vllm]
+        lines.append([f"[{stem}]({stem}.json)", env.date, env.device, *(v or "none" for v in versions), commit])
+        inner = [row.command for row in results.rows if getattr(row, "command", None)]
+        commands += "\n".join([f"# {stem}.json", results.command, *(f"#   {line}" for line in inner), ""])
+    note = "A command's `--json` names the file only; lines after `#` are what it ran.\n\n"
+    return f"{table(heading, lines)}\n" + folded("Commands", f"{note}```\n{commands}```\n")
