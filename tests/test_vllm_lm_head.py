@@ -7,7 +7,6 @@ from safetensors.torch import load_file
 
 from tests.vllm_harness import (
     TINY,
-    Driver,
     assert_close,
     assert_follows,
     edited_copy,
@@ -90,6 +89,11 @@ def test_reloaded_weights_are_the_same_in_the_same_memory(driver, models, online
     assert result == online[False]
 
 
+def test_a_saved_sharded_state_is_the_same(driver, models, online, tmp_path):
+    saved = driver.saves_and_loads(models[True], tmp_path / "saved", prompts=PROMPTS, llm=options(lm_head=True))
+    assert saved == online[True]
+
+
 def test_damaged_heads_are_refused(driver, models, tmp_path):
     folder = with_int8_head(models[True], tmp_path / "no_scale", True, lambda t: t.pop(f"{HEAD[True]}.weight_scale"))
     error = driver.fails(folder, llm={**TINY, "quantization": None})
@@ -99,15 +103,3 @@ def test_damaged_heads_are_refused(driver, models, tmp_path):
     folder = edited_copy(models[False], tmp_path / "short", lambda t: t.update({"lm_head.weight": short}))
     error = driver.fails(folder, llm=options(lm_head=True))
     assert "lm_head.weight: the checkpoint has shape [90, 64], expected [100, 64]" in error
-
-
-def test_tensor_parallel_splits_the_vocabulary(models, online, tmp_path):
-    driver = Driver(tmp_path / "log", VLLM_CPU_OMP_THREADS_BIND="0|1")
-    try:
-        llm = {**options(lm_head=True), "tensor_parallel_size": 2}
-        split = driver.works(models[True], prompts=PROMPTS, llm=llm)
-    finally:
-        driver.stop()
-    assert split["token_ids"] == online[True]["token_ids"]
-    assert_close(split["logprobs"], online[True]["logprobs"])
-    assert [rank["model.embed_tokens"]["weight"][1] for rank in split["ranks"]] == [[64, 64]] * 2

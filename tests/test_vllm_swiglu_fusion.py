@@ -10,8 +10,9 @@ from vllm.platforms import current_platform
 
 from rowint8.kernels import ops
 from rowint8.kernels.quantize import quantize_rowwise
+from rowint8.vllm_plugin import swiglu_fusion
 from rowint8.vllm_plugin.swiglu_fusion import SwigluFusion
-from tests.vllm_harness import TINY, Driver, assert_close, make_tiny, options
+from tests.vllm_harness import TINY, Driver, assert_close, caches_in, make_tiny, options
 
 I, K = 16, 24
 WEIGHT = quantize_rowwise(torch.randn(2 * I, K, generator=torch.Generator().manual_seed(0)))
@@ -31,10 +32,10 @@ class Recorder(SwigluFusion):
         self.operators = [str(node.target) for node in graph.nodes if node.op == "call_function"]
 
 
-def compiled(function, x: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
+def compiled(function, x: torch.Tensor, recorder: Recorder | None = None) -> tuple[torch.Tensor, list[str]]:
     """The output of `function` compiled with the pass, and the operators that were left."""
     torch._dynamo.reset()
-    recorder = Recorder(x.dtype)
+    recorder = recorder or Recorder(x.dtype, [(2 * I, K)])
     settings = {"post_grad_custom_post_pass": recorder, "enable_auto_functionalized_v2": False, "fx_graph_cache": False}
     return torch.compile(function, options=settings)(x), recorder.operators
 
@@ -90,6 +91,19 @@ def test_what_is_not_a_swiglu_stays_as_it_is(case):
     torch.testing.assert_close(out, UNLIKE[case](x))
 
 
+def test_the_log_says_once_what_became_of_the_layers(monkeypatch):
+    lines = []
+    monkeypatch.setattr(swiglu_fusion.logger, "info", lambda text, *values: lines.append(text % values))
+    function = {True: lambda x: silu_and_mul(gate_up(x)), False: UNLIKE["gelu"]}
+    recorder = Recorder(torch.float32, [(2 * I, K)] * 30)
+    for fusible in (True, True, False, False):
+        compiled(function[fusible], inputs(), recorder)
+    assert lines == [
+        "rowint8: gate, up, SiLU and product are one kernel in the model's 30 gate_up layers",
+        "rowint8: no SwiGLU kernel for gate_up layers that are not followed by SiLU and product alone",
+    ]
+
+
 def test_a_product_with_a_second_use_is_not_fused():
     def both(x):
         product = gate_up(x)
@@ -102,8 +116,7 @@ def test_a_product_with_a_second_use_is_not_fused():
 def driver(tmp_path_factory):
     """With compile caches of its own, so that the first engine compiles and the second may not take its graph."""
     folder = tmp_path_factory.mktemp("driver")
-    caches = {"VLLM_CACHE_ROOT": str(folder / "vllm"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
-    driver = Driver(folder / "log", **caches)
+    driver = Driver(folder / "log", **caches_in(folder))
     yield driver
     driver.stop()
 
@@ -116,7 +129,7 @@ def test_the_compiled_engine_fuses_every_layer_and_says_the_same(driver, tmp_pat
     assert driver.log.read_text().count("SwiGLU is not fused: the model is not compiled") == 1
     fused = driver.works(tiny, llm={**TINY, "enforce_eager": False})
     assert fused["swiglu_calls"] > 0
-    assert driver.log.read_text().count("fused SwiGLU in 2 of the 2 gate_up layers") == 1
+    assert driver.log.read_text().count("one kernel in the model's 2 gate_up layers") == 1
     unfused = driver.works(tiny, llm={**options(fuse_swiglu=False), "enforce_eager": False})
     assert unfused["swiglu_calls"] == 0
     for result in (fused, unfused):

@@ -34,6 +34,11 @@ def options(**chosen) -> dict:
     return {**TINY, "hf_overrides": {"quantization_config": config}}
 
 
+def caches_in(folder: Path) -> dict[str, str]:
+    """Environment of a driver whose first engine compiles, whatever was compiled on this machine before."""
+    return {"VLLM_CACHE_ROOT": str(folder / "vllm"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+
+
 class Driver:
     """A process that runs one engine after another (see vllm_driver.py). `env` is added to its environment."""
 
@@ -62,6 +67,14 @@ class Driver:
         result = self.run(model, **job)
         assert "error" not in result, result["error"]
         return result
+
+    def saves_and_loads(self, model: Path, folder: Path, **job) -> dict:
+        """What an engine says that loads, from a new folder, what another one wrote by `save_sharded_state`."""
+        folder.mkdir()
+        shutil.copy(model / "config.json", folder)
+        self.works(model, save=str(folder), **job)
+        llm = {**job.pop("llm", TINY), "load_format": "sharded_state"}
+        return self.works(folder, llm=llm, **job)
 
     def fails(self, model: Path, **job) -> str:
         return self.run(model, **job)["error"]
@@ -110,11 +123,16 @@ def prequantized(source: Path, folder: Path, edit=lambda tensors: None, also: tu
 
 
 def oracle(folder: Path, lm_head: bool = False):
-    """The transformers model in fp32, the weight of every linear layer (and of the head) rounded to INT8 and back."""
+    """The transformers model in fp32, its linear layers and experts (and the head) rounded to INT8 and back."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    unquantized = ("shared_expert_gate",) if lm_head else ("shared_expert_gate", "lm_head")
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and (lm_head or name != "lm_head"):
+        if isinstance(module, torch.nn.Linear) and not name.endswith(unquantized):
             module.weight.data = dequantize(quantize_rowwise(module.weight.data))
+        elif name.endswith(".experts"):
+            for parameter in module.parameters():
+                rounded = dequantize(quantize_rowwise(parameter.data.flatten(0, 1)))
+                parameter.data = rounded.view(parameter.shape)
     return model
 
 
@@ -129,6 +147,11 @@ def assert_follows(result: dict, prompts: list[list[int]], logits) -> None:
         reported = prompt_logprobs + logprobs
         for row, position in zip(expected[-len(reported) :], reported, strict=True):
             assert position == pytest.approx({token: float(row[int(token)]) for token in position}, abs=2e-4)
+
+
+def assert_loaded_layer_by_layer(memory: dict, layer_bytes: int) -> None:
+    """Loading never took more than a tenth beyond the final weights, and one layer as the checkpoint has it."""
+    assert memory["final"] < memory["peak"] <= 1.1 * memory["final"] + layer_bytes
 
 
 def assert_close(logprobs: list, expected: list) -> None:

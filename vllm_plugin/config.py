@@ -6,22 +6,10 @@ It is read from `quantization_config` in the checkpoint's config.json, which `--
     vllm serve MODEL --hf-overrides '{"quantization_config":
         {"quant_method": "rowint8", "serialized": false, "ignore": ["re:.*down_proj"]}}'
 
-Options:
-    quant_method: "rowint8".
-    serialized: whether the checkpoint already holds INT8 weights (default true; see `linear` for its tensors). With
-        false, and with `--quantization rowint8` on a checkpoint without a quantization_config, weights are quantized
-        while they load.
-    ignore: layers to leave unquantized: full names as in the checkpoint ("model.layers.0.mlp.down_proj") or "re:" and
-        a regular expression that matches from the start of the name. The parts of a merged layer (q, k and v; gate and
-        up) must be ignored together.
-    lm_head: whether the language model head is INT8 too, and with it the embedding where the two are tied (default
-        false: the head's rounding error reaches the logits unattenuated, and the other methods of vLLM leave it alone
-        too). It saves half of the head's bytes, which counts in small models with a large vocabulary.
-    fuse_swiglu: whether gate, up, SiLU and product become one kernel in compiled models (default true; see
-        `swiglu_fusion`).
-
-Embeddings that are not the head, and the experts of mixture-of-experts layers, stay unquantized. So does a head that
-vLLM computes in a dtype of its own (`head_dtype`), and the embedding of a pooling model.
+docs/vllm.md has the table of options. Some layers are never quantized: routers, which choose among experts (they are
+small, and one wrong choice is no rounding error); embeddings that are not the head, and the embedding of a pooling
+model; a head that vLLM computes in a dtype of its own (`head_dtype`); the experts of an INT8 checkpoint, which holds
+them as they were.
 """
 
 import re
@@ -101,20 +89,35 @@ class RowInt8Config(QuantizationConfig):
         """The method for one layer of the model; None leaves it to vLLM's unquantized one."""
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-        from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
         from rowint8.vllm_plugin.linear import RowInt8LinearMethod
 
         if isinstance(layer, RoutedExperts):
-            logger.warning_once("rowint8 quantizes dense layers only: the experts of this model stay unquantized")
+            return self._get_experts_method(layer, prefix)
         if isinstance(layer, VocabParallelEmbedding):
             return self._get_vocab_method(layer, prefix)
         if not isinstance(layer, LinearBase):
             return None
-        if should_ignore_layer(prefix, ignore=self.ignore, fused_mapping=self.packed_modules_mapping):
+        if self._ignores(prefix) or _is_router(layer, prefix):
             return UnquantizedLinearMethod()
         return RowInt8LinearMethod(prefix, self.serialized, self.fuse_swiglu)
+
+    def _ignores(self, prefix: str) -> bool:
+        from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
+
+        return should_ignore_layer(prefix, ignore=self.ignore, fused_mapping=self.packed_modules_mapping)
+
+    def _get_experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
+        from rowint8.vllm_plugin.moe import make_experts_method, why_unquantized
+
+        if self._ignores(prefix):
+            return None
+        reason = "an INT8 checkpoint holds them unquantized" if self.serialized else why_unquantized(layer)
+        if reason:
+            logger.warning_once(f"rowint8: the experts of this model stay unquantized: {reason}")
+            return None
+        return make_experts_method(layer, prefix)
 
     def _get_vocab_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -131,6 +134,14 @@ class RowInt8Config(QuantizationConfig):
         if is_head and tied:
             return TiedHeadMethod()
         return RowInt8VocabMethod(prefix or "embed_tokens", self.serialized)
+
+
+def _is_router(layer: nn.Module, prefix: str) -> bool:
+    """Whether the layer chooses among experts."""
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    name = prefix.split(".")[-1]
+    return isinstance(layer, ReplicatedLinear) and (name in ("gate", "router") or name.endswith("_experts_gate"))
 
 
 def _compile_patterns(ignore: list[str]) -> None:

@@ -10,6 +10,7 @@ by rows like any vLLM parameter.
 
 Both kinds of checkpoint load through vLLM's layerwise processing: parameters start on the meta device, and a layer gets
 memory when the last of its tensors has been read. So the peak is the INT8 model so far and one layer in full.
+What `save_sharded_state` wrote is copied straight into the parameters that it was taken from.
 """
 
 from functools import partial
@@ -26,10 +27,10 @@ from vllm.model_executor.utils import replace_parameter
 
 from rowint8.kernels import ops
 from rowint8.kernels.quantize import Int8Weight, quantize_rowwise
-from rowint8.vllm_plugin.loading import guarded_loader, refuse_incomplete
+from rowint8.vllm_plugin.loading import FLOATS, SAVED_FROM_MEMORY, guarded_loader, refuse_incomplete
 from rowint8.vllm_plugin.swiglu_fusion import expect_gate_up
+from rowint8.vllm_plugin.warmup import warm_up
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _HINT_ONLINE = 'an INT8 checkpoint needs "quantization_config": {"quant_method": "rowint8"} in its config.json'
 _HINT_SCALE = "quantize the checkpoint again to get the scales of this format"
 _HINT_BIAS = "biases are never quantized"
@@ -47,10 +48,14 @@ class RowInt8LinearMethod(LinearMethodBase):
 
     def __init__(self, prefix: str, serialized: bool, fuse_swiglu: bool = False) -> None:
         self.prefix = prefix
-        self.serialized = serialized
         self.fuse_swiglu = fuse_swiglu
         self.k_is_split = False
-        self.dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        config = get_current_vllm_config()
+        self.max_tokens = config.scheduler_config.max_num_batched_tokens
+        load_format = config.load_config.load_format
+        self.dummy = load_format == "dummy"
+        self.from_memory = load_format in SAVED_FROM_MEMORY
+        self.serialized = serialized or self.from_memory
 
     def create_weights(
         self,
@@ -62,20 +67,19 @@ class RowInt8LinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Registers `weight` [N, K], and `weight_scale` [N] where serialized, on the meta device."""
+        """Registers `weight` [N, K], and `weight_scale` [N] where serialized, on the meta device (see the module)."""
         self.k_is_split = input_size_per_partition != input_size
-        if self.fuse_swiglu and _is_gate_up(layer, output_partition_sizes):
-            expect_gate_up()
-        rows = sum(output_partition_sizes)
-        dtypes, hint = ((torch.int8,), _HINT_SERIALIZED) if self.serialized else (_FLOATS, _HINT_ONLINE)
+        self.dtype = params_dtype
+        self.is_gate_up = self.fuse_swiglu and _is_gate_up(layer, output_partition_sizes)
+        shape = sum(output_partition_sizes), input_size_per_partition
+        if self.is_gate_up:
+            expect_gate_up(shape)
+        device = None if self.from_memory else "meta"
+        dtype = torch.int8 if self.serialized else params_dtype
+        dtypes, hint = ((torch.int8,), _HINT_SERIALIZED) if self.serialized else (FLOATS, _HINT_ONLINE)
         load = partial(guarded_loader, extra_weight_attrs["weight_loader"], layer)
         weight = ModelWeightParameter(
-            data=torch.empty(
-                rows,
-                input_size_per_partition,
-                dtype=torch.int8 if self.serialized else params_dtype,
-                device="meta",
-            ),
+            data=torch.empty(shape, dtype=dtype, device=device),
             input_dim=1,
             output_dim=0,
             weight_loader=load(f"{self.prefix}.weight", dtypes, hint),
@@ -83,14 +87,15 @@ class RowInt8LinearMethod(LinearMethodBase):
         layer.register_parameter("weight", weight)
         if self.serialized:
             scale = ChannelQuantScaleParameter(
-                data=torch.empty(rows, dtype=torch.float16, device="meta"),
+                data=torch.empty(shape[0], dtype=torch.float16, device=device),
                 output_dim=0,
                 weight_loader=load(f"{self.prefix}.weight_scale", (torch.float16,), _HINT_SCALE),
             )
             layer.register_parameter("weight_scale", scale)
         # vLLM gives this loader to the bias, which it registers next
-        layer.weight_loader = load(f"{self.prefix}.bias", _FLOATS, _HINT_BIAS)
-        initialize_online_processing(layer)
+        layer.weight_loader = load(f"{self.prefix}.bias", FLOATS, _HINT_BIAS)
+        if not self.from_memory:
+            initialize_online_processing(layer)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Leaves `weight` int8 [N, K] and `weight_scale` fp16 [N] as plain parameters. vLLM calls it twice a load.
@@ -100,12 +105,13 @@ class RowInt8LinearMethod(LinearMethodBase):
         """
         if getattr(layer, "_already_called_process_weights_after_loading", False):
             return
-        if not self.dummy:
+        if not self.dummy and not self.from_memory:
             refuse_incomplete(layer, self.prefix)
         values, scale = self._read(layer) if self.serialized else self._quantize(layer.weight.data)
         replace_parameter(layer, "weight", values)
         replace_parameter(layer, "weight_scale", scale)
         layer._already_called_process_weights_after_loading = True
+        warm_up(self, layer)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., K] -> [..., N] in x's dtype."""
@@ -120,13 +126,21 @@ class RowInt8LinearMethod(LinearMethodBase):
         return Int8Weight(layer.weight.data, scale)
 
     def _quantize(self, weight: Tensor) -> Int8Weight:
-        """Rounds a rank's [N, K] part of the weight with the scales of its whole rows."""
-        name = f"{self.prefix}.weight"
-        if not self.k_is_split:
-            return quantize_rowwise(weight, name=name)
-        absmax = _absmax_over_ranks(weight)[:, None]
-        values, scale = quantize_rowwise(torch.cat([weight, absmax], dim=1), name=name)
-        return Int8Weight(values[:, :-1].contiguous(), scale)
+        return quantize_part(weight, f"{self.prefix}.weight", get_tp_group() if self.k_is_split else None)
+
+
+def quantize_part(weight: Tensor, name: str, group: Any = None) -> Int8Weight:
+    """Rounds a [N, K] weight; where it is a rank's part of the columns, with the scales of the whole rows.
+
+    Args:
+        name: of the weight, for messages.
+        group: vLLM's group of the ranks that hold the other columns, or None.
+    """
+    if group is None:
+        return quantize_rowwise(weight, name=name)
+    absmax = _absmax_over_ranks(weight, group)[:, None]
+    values, scale = quantize_rowwise(torch.cat([weight, absmax], dim=1), name=name)
+    return Int8Weight(values[:, :-1].contiguous(), scale)
 
 
 def _is_gate_up(layer: Any, output_partition_sizes: list[int]) -> bool:
@@ -138,8 +152,8 @@ def _is_gate_up(layer: Any, output_partition_sizes: list[int]) -> bool:
     )
 
 
-def _absmax_over_ranks(weight: Tensor) -> Tensor:
-    """Largest magnitude of each whole row [N], in the weight's dtype, of a weight split along K over the TP group."""
+def _absmax_over_ranks(weight: Tensor, group: Any) -> Tensor:
+    """Largest magnitude of each whole row [N], in the weight's dtype, of a weight split along K over the group."""
     absmax = torch.linalg.vector_norm(weight, ord=float("inf"), dim=1).float()
-    torch.distributed.all_reduce(absmax, torch.distributed.ReduceOp.MAX, group=get_tp_group().device_group)
+    torch.distributed.all_reduce(absmax, torch.distributed.ReduceOp.MAX, group=group.device_group)
     return absmax.to(weight.dtype)

@@ -11,8 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.meta import CopyCounter
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of a checkpoint's weights that can be quantized."""
+
+SAVED_FROM_MEMORY = ("sharded_state", "runai_streamer_sharded")
+"""Load formats of files that `save_sharded_state` wrote: each rank's parameters as they were in memory, so INT8."""
 
 
 def guarded_loader(load: Callable, layer: nn.Module, name: str, dtypes: tuple[torch.dtype, ...], hint: str) -> Callable:
@@ -21,29 +28,30 @@ def guarded_loader(load: Callable, layer: nn.Module, name: str, dtypes: tuple[to
     What it copied is remembered on the parameter, for `refuse_incomplete`.
 
     Args:
-        load: (param, loaded_weight, shard id or nothing).
-        layer: the linear or vocabulary layer that the parameter belongs to.
+        load: (param, loaded_weight, what the tensor is a part of, or nothing).
+        layer: the linear, vocabulary or experts layer that the parameter belongs to.
         name: of the parameter, for messages.
         dtypes: accepted in the checkpoint.
         hint: what to do about another dtype.
 
     Returns:
-        A loader with the same signature, which vLLM inspects. It raises ValueError.
+        A loader with the same signature, which vLLM inspects to pass all arguments by position. It raises ValueError.
     """
 
     @wraps(load)
-    def guarded(param: Any, loaded_weight: Tensor, *shard: Any) -> None:
+    def guarded(param: Any, loaded_weight: Tensor, *shard: Any) -> Any:
         if loaded_weight.dtype not in dtypes:
             accepted = " or ".join(str(dtype) for dtype in dtypes)
             raise ValueError(f"{name}: the checkpoint has {loaded_weight.dtype}, expected {accepted}; {hint}")
-        shape = _checkpoint_shape(layer, param, *shard)
+        shape = _checkpoint_shape(layer, param, *shard[:1])
         if shape is not None and list(loaded_weight.shape) != shape:
             part = f" (part {shard[0]})" if shard and shard[0] is not None else ""
             raise ValueError(f"{name}{part}: the checkpoint has shape {list(loaded_weight.shape)}, expected {shape}")
         with CopyCounter() as counter:
-            load(param, loaded_weight, *shard)
+            answer = load(param, loaded_weight, *shard)
         if not param.is_meta:  # on the meta device vLLM only counts, and loads again later
             param.loaded_parts = getattr(param, "loaded_parts", {}) | {shard: counter.copied_numel}
+        return answer
 
     return guarded
 
@@ -51,8 +59,10 @@ def guarded_loader(load: Callable, layer: nn.Module, name: str, dtypes: tuple[to
 def _checkpoint_shape(layer: Any, param: Tensor, shard: Any = None) -> list[int] | None:
     """Shape in the checkpoint of the part `shard` of a merged layer, or of the whole parameter without one.
 
-    None for linear layers under tensor parallelism, where vLLM replicates and splits parts by rules of each class.
+    None for experts, and for linear layers under tensor parallelism, which vLLM splits by rules of each class.
     """
+    if isinstance(layer, RoutedExperts):
+        return None
     if isinstance(layer, VocabParallelEmbedding):
         return [layer.org_vocab_size, *param.shape[1:]]
     if layer.tp_size > 1:
@@ -75,7 +85,11 @@ def refuse_incomplete(layer: nn.Module, prefix: str) -> None:
         parts = getattr(param, "loaded_parts", {})
         expected = getattr(param, "weight_loader_numel", param.numel())
         if sum(parts.values()) < expected:
-            found = ", ".join(str(*shard) for shard in parts) or "nothing"
+            found = f"{len(parts)} parts" if len(parts) > 3 else ", ".join(map(_part_name, parts)) or "nothing"
             raise ValueError(
                 f"{prefix}.{name}: the checkpoint fills {sum(parts.values())} of its {expected} numbers (found {found})"
             )
+
+
+def _part_name(shard: tuple) -> str:
+    return " ".join(str(part) for part in shard)

@@ -8,6 +8,10 @@ rows over up rows in the merged weight, on every tensor-parallel rank, as the op
 
 The pass only ever replaces exactly this. Another activation, a bias, LoRA (which adds to `gate_up`), or a second use of
 `gate_up` do not match, and stay as they are. Without compilation (`enforce_eager`) no pass runs.
+
+A line of the log says what became of a model's gate_up layers. On GPUs vLLM splits a model at its attention and
+compiles pieces that are alike once, so the line speaks for all layers when the first of them is compiled; another one
+follows should a later piece differ. A start from vLLM's compile cache compiles nothing and logs nothing.
 """
 
 from functools import cache
@@ -27,19 +31,19 @@ from rowint8.kernels import ops
 logger = init_logger(f"vllm.{__name__}")
 
 
-def expect_gate_up() -> None:
-    """Announces a merged gate and up layer of the model being built; the first one installs the pass for the model."""
+def expect_gate_up(shape: tuple[int, int]) -> None:
+    """Announces a merged gate and up layer [2I, K] of the model being built; the first installs the model's pass."""
     config = get_current_vllm_config()
     passes = config.compilation_config.inductor_compile_config
     installed = passes.get(current_platform.pass_key)
     if isinstance(installed, SwigluFusion):
-        installed.expected += 1
+        installed.gate_ups.append(shape)
         return
     obstacle = _obstacle(config, installed)
     if obstacle:
         logger.info_once(f"rowint8: SwiGLU is not fused: {obstacle}")
     else:
-        passes[current_platform.pass_key] = SwigluFusion(config.model_config.dtype)
+        passes[current_platform.pass_key] = SwigluFusion(config.model_config.dtype, [shape])
 
 
 def _obstacle(config: Any, installed: Any) -> str | None:
@@ -58,20 +62,27 @@ class SwigluFusion(InductorPass):
 
     Args:
         dtype: of the activations.
+        gate_ups: shapes [2I, K] of the model's gate_up layers, for the log.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, gate_ups: list[tuple[int, int]]) -> None:
         self.dtype = dtype
-        self.expected = 1
-        self.reported = False
+        self.gate_ups = gate_ups
+        self.reported: set[str] = set()
 
     def __call__(self, graph: fx.Graph) -> None:
         fused = _patterns(self.dtype).apply(graph)
-        if fused and not self.reported:
-            # on GPUs vLLM splits a model at its attention, and compiles pieces that are alike once
-            text = "rowint8: fused SwiGLU in %d of the %d gate_up layers; layers that are alike share a compiled graph"
-            logger.info(text, fused, self.expected)
-            self.reported = True
+        products = graph.find_nodes(op="call_function", target=torch.ops.rowint8.linear.default)
+        if any(tuple(node.args[1].meta["val"].shape) in self.gate_ups for node in products):
+            self._report("no SwiGLU kernel for gate_up layers that are not followed by SiLU and product alone")
+        elif fused:
+            layers = len(self.gate_ups)
+            self._report(f"gate, up, SiLU and product are one kernel in the model's {layers} gate_up layers")
+
+    def _report(self, text: str) -> None:
+        if text not in self.reported:
+            logger.info("rowint8: %s", text)
+            self.reported.add(text)
 
     def uuid(self) -> str:
         return self.hash_source(type(self), swiglu_by_torch, swiglu_by_vllm, str(self.dtype))
