@@ -123,8 +123,6 @@ def test_the_small_engine_says_the_same_as_when_quantizing_on_load(model, tmp_pa
 
 def test_the_small_engine_refuses_what_it_cannot_run(model, tmp_path):
     out = quantize(model, tmp_path / "out")
-    with pytest.raises(EngineError, match="holds INT8 weights; give --quantization rowint8"):
-        Engine(EngineConfig(str(out), device="cpu"))
     partly = quantize(model, tmp_path / "partly", ignore=["re:.*down_proj"])
     with pytest.raises(EngineError, match="run this one in vLLM"):
         Engine(EngineConfig(str(partly), quantization="rowint8", device="cpu"))

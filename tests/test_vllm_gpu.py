@@ -7,7 +7,15 @@ from transformers import LlamaConfig, MixtralConfig
 
 from rowint8.kernels.quantize import quantize_rowwise
 from tests.vllm_driver import describe
-from tests.vllm_harness import PROMPTS, Driver, assert_loaded_layer_by_layer, caches_in, make_tiny, oracle
+from tests.vllm_harness import (
+    PROMPTS,
+    Driver,
+    assert_loaded_layer_by_layer,
+    caches_in,
+    make_tiny,
+    oracle,
+    with_other_numbers,
+)
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.gpu]
@@ -75,8 +83,8 @@ def test_after_a_sleep_it_says_the_same_from_the_same_memory(driver, model, onli
     assert result["layers"] == online["layers"]
 
 
-def test_a_reload_leaves_the_same_weights_in_the_same_memory(driver, model, online):
-    result = driver.works(model, llm=LLM, reload=True)
+def test_other_weights_are_reloaded_into_the_same_memory(driver, model, online, tmp_path):
+    result = driver.works(with_other_numbers(model, tmp_path / "other"), llm=LLM, reload=str(model))
     assert result["same_memory"] is True
     assert result["token_ids"] == online["token_ids"]
     assert result["layers"] == online["layers"]

@@ -60,7 +60,9 @@ def test_an_embedding_that_is_not_the_head_stays_unquantized(online):
 
 
 def test_models_that_tie_by_the_parameter_share_the_tensors_too(driver, models, online):
-    result = driver.works(models[True], prompts=PROMPTS, llm=options(lm_head=True), tie_by_weight=True, reload=True)
+    result = driver.works(
+        models[True], prompts=PROMPTS, llm=options(lm_head=True), tie_by_weight=True, reload=str(models[True])
+    )
     assert result["same_memory"] is True
     assert result["token_ids"] == online[True]["token_ids"]
     assert_close(result["logprobs"], online[True]["logprobs"])
@@ -84,7 +86,7 @@ def test_prequantized_equals_online_bit_for_bit(driver, models, online, tmp_path
 
 
 def test_reloaded_weights_are_the_same_in_the_same_memory(driver, models, online):
-    result = driver.works(models[False], prompts=PROMPTS, llm=options(lm_head=True), reload=True)
+    result = driver.works(models[False], prompts=PROMPTS, llm=options(lm_head=True), reload=str(models[False]))
     assert result.pop("same_memory") is True
     assert result == online[False]
 

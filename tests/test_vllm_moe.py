@@ -1,5 +1,7 @@
 """Experts in INT8 inside the real engine (CPU build): tiny random models against transformers."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -7,9 +9,24 @@ from transformers import MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 from rowint8.kernels.quantize import quantize_rowwise
 from tests.vllm_driver import describe
-from tests.vllm_harness import PROMPTS, TINY, assert_close, assert_follows, edited_copy, make_tiny, options, oracle
+from tests.vllm_harness import (
+    PROMPTS,
+    TINY,
+    assert_close,
+    assert_follows,
+    edited_copy,
+    make_tiny,
+    options,
+    oracle,
+    with_other_numbers,
+)
 
 pytest.importorskip("vllm")
+
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+from rowint8.vllm_plugin.moe import why_unquantized
+
 pytestmark = pytest.mark.vllm
 
 SMALL = {"moe_intermediate_size": 96, "num_experts_per_tok": 2}
@@ -69,8 +86,8 @@ def test_experts_hold_the_bits_of_quantize_rowwise(mixtral, online):
     assert [layer["w2_weight"], layer["w2_weight_scale"]] == [*quantized("w2")]
 
 
-def test_reloaded_experts_are_the_same_in_the_same_memory(driver, mixtral, online):
-    result = driver.works(mixtral, reload=True)
+def test_other_experts_are_reloaded_into_the_same_memory(driver, mixtral, online, tmp_path):
+    result = driver.works(with_other_numbers(mixtral, tmp_path / "other"), reload=str(mixtral))
     assert result.pop("same_memory") is True
     assert result == online
 
@@ -91,6 +108,23 @@ def test_ignored_experts_stay_unquantized(driver, mixtral, online):
     changed = {name for name, layer in result["layers"].items() if layer != online["layers"][name]}
     assert changed == {EXPERTS}
     assert result["layers"][EXPERTS]["w13_weight"][0] == "torch.float32"
+
+
+UNQUANTIZED = {
+    "biases": (dict(moe_config=SimpleNamespace(has_bias=True)), "they have biases"),
+    "activation": (dict(activation=MoEActivation.GELU), "their activation is gelu, not a plain SwiGLU"),
+    "clamped activation": (dict(swiglu_limit=7.0), "their activation is silu, not a plain SwiGLU"),
+    "inputs": (dict(apply_router_weight_on_input=True), "their inputs are weighted, not their outputs"),
+}
+
+
+@pytest.mark.parametrize("case", UNQUANTIZED)
+def test_the_log_says_which_experts_are_not_done_in_int8(case):
+    change, reason = UNQUANTIZED[case]
+    swiglu = dict(activation=MoEActivation.SILU, swiglu_limit=None, apply_router_weight_on_input=False)
+    layer = SimpleNamespace(**swiglu | {"moe_config": SimpleNamespace(has_bias=False)})
+    assert why_unquantized(layer) is None
+    assert why_unquantized(SimpleNamespace(**vars(layer) | change)) == reason
 
 
 W1 = EXPERTS.replace("routed_experts", "2.w1.weight")

@@ -5,7 +5,7 @@ and, where wanted,
 
     triton         whether the CPU runs the Triton kernel
     load_memory    whether to measure what loading takes
-    reload         whether to load the weights a second time
+    reload         folder of the weights to load after the model's own
     sleep          level of a sleep between two generations
     save           folder for `save_sharded_state`
     lora           folder of an adapter for all prompts
@@ -79,7 +79,10 @@ def _run(job: dict) -> dict:
         result["before_sleep"] = _token_ids(llm.generate(prompts, sampling))
     if job.get("sleep") or job.get("reload"):
         before = llm.apply_model(weight_addresses)
-        _sleep_and_wake(llm, job["sleep"]) if job.get("sleep") else llm.collective_rpc("reload_weights")
+        if job.get("sleep"):
+            _sleep_and_wake(llm, job["sleep"])
+        else:
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": job["reload"]})
         result["same_memory"] = llm.apply_model(weight_addresses) == before
     if job.get("save"):
         llm.llm_engine.engine_core.save_sharded_state(path=job["save"])

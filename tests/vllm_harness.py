@@ -107,6 +107,17 @@ def edited_copy(source: Path, folder: Path, edit) -> Path:
     return folder
 
 
+def with_other_numbers(source: Path, folder: Path) -> Path:
+    """A copy of a checkpoint whose projections and experts have their rows in another order."""
+
+    def flip(tensors):
+        for name in tensors:
+            if "_proj." in name or ".experts." in name:
+                tensors[name] = tensors[name].flip(0)
+
+    return edited_copy(source, folder, flip)
+
+
 def prequantized(source: Path, folder: Path, edit=lambda tensors: None, also: tuple[str, ...] = ()) -> Path:
     """A rowint8 checkpoint of `source`, the weights `also` quantized too, its tensors then changed by `edit`."""
 

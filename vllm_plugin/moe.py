@@ -172,12 +172,12 @@ def _experts_in_turn(
     topk_weights: Tensor,
     topk_ids: Tensor,
 ) -> Tensor:
-    """The weighted sum over each token's experts, in fp32 and rounded once. Ids outside of [0, E) are skipped.
+    """The weighted sum over each token's experts, in fp32 and rounded once. Negative ids are other ranks' experts.
 
     An operator, because which rows go to an expert depends on the data, which a compiled graph cannot express.
     """
     out = torch.zeros_like(x, dtype=torch.float32)
-    for expert in range(w13.shape[0]):
+    for expert in topk_ids[topk_ids >= 0].unique().tolist():
         token, slot = (topk_ids == expert).nonzero(as_tuple=True)
         hidden = ops.swiglu(x[token], w13[expert], w13_scale[expert])
         down = ops.linear(hidden, w2[expert], w2_scale[expert])
