@@ -11,7 +11,7 @@ from rowint8.baseline_engine.checkpoint import load_model, resolve_folder
 from rowint8.baseline_engine.config import EngineConfig, ModelConfig
 from rowint8.baseline_engine.errors import EngineError, SettingError
 from rowint8.baseline_engine.kv_cache import KvCache
-from rowint8.baseline_engine.layers import WeightFormat
+from rowint8.baseline_engine.layers import Int8Linear, WeightFormat
 from rowint8.baseline_engine.model import Decoder
 from rowint8.baseline_engine.runner import ModelRunner
 from rowint8.baseline_engine.tokenizer import Tokenizer, has_tokenizer
@@ -53,12 +53,15 @@ def weight_format(config: EngineConfig, model: ModelConfig, device: torch.device
 def make_runner(model: Decoder, config: EngineConfig) -> tuple[ModelRunner, float]:
     """A runner whose cache fills the memory that it may take, and the seconds spent on compiling and capturing.
 
+    No kernel and no graph of the model is compiled after this.
+
     Raises:
         EngineError: memory suffices for no cache, or not for the context asked for.
     """
     form, size = model.form, config.block_size
     backend = attention.choose(model.config, form.dtype, form.device, size)
     most = min(config.max_context or model.config.max_position_embeddings, model.config.max_position_embeddings)
+    warmed = _warm_up(model, config) if form.int8 and form.device.type == "cuda" else 0.0
     start = perf_counter()
     if config.mode != "eager":
         model.compile_layers()
@@ -80,7 +83,24 @@ def make_runner(model: Decoder, config: EngineConfig) -> tuple[ModelRunner, floa
         if config.mode == "graph":
             _capture(runner, config)
     seconds = perf_counter() - start if config.mode != "eager" else 0.0
-    return runner, seconds
+    return runner, warmed + seconds
+
+
+def _warm_up(model: Decoder, config: EngineConfig) -> float:
+    """Compiles every INT8 kernel that a step may launch, whatever its number of tokens; the seconds it took."""
+    from rowint8.kernels.warmup import WeightShape, warmup
+
+    layer: Any = model.layers[0]  # all are alike
+    products = [("linear", layer.attention.qkv), ("linear", layer.attention.o), ("linear", layer.mlp.down)]
+    products += [("swiglu" if layer.mlp.fused else "linear", layer.mlp.gate_up)]
+    calls = [WeightShape(op, *part.values.shape, part.bias is not None) for op, part in products]
+    if layer.post_norm.fused:
+        calls.append(WeightShape("add_rms_norm", model.config.hidden_size, model.config.hidden_size))
+    seconds = warmup(calls, model.form.dtype, model.form.device, config.max_batch_tokens).seconds
+    if isinstance(model.lm_head, Int8Linear):
+        head = WeightShape("linear", *model.lm_head.values.shape)
+        seconds += warmup([head], model.form.dtype, model.form.device, config.max_seqs).seconds
+    return seconds
 
 
 def _cache(model: Decoder, num_blocks: int, block_size: int) -> KvCache:

@@ -1,10 +1,10 @@
 """One engine, started and measured in this process: `python -m rowint8.eval.bench_engine_worker < request`.
 
 The request on stdin is {"engine": "baseline" or "vllm", "arguments": those of `EngineConfig` or `vllm.LLM`, "dummy":
-whether the weights are random, "workloads": [{"prompts": token ids of each, "outputs": tokens to generate after each}],
-"repeats": n}. The last line of stdout is JSON: {"start_s", "weights", "runs": [{"repeats": [...], "peak_mem"}]}, in
-bytes and seconds; a repeat is {"start", "token_times"} and, of the small engine, {"host_s", "steps", "kv_waste",
-"attention"}.
+whether the weights are random, "workloads": [{"prompts": token ids of each, "outputs": tokens to generate after each,
+"unmeasured": runs that do not count, "repeats": runs that do}]}. The last line of stdout is JSON: {"start_s",
+"weights", "runs": [{"repeats": [...], "peak_mem"}]}, in bytes and seconds; a repeat is {"start", "token_times"} and, of
+the small engine, {"host_s", "steps", "kv_waste", "attention"}.
 """
 
 import json
@@ -17,15 +17,16 @@ from typing import Any
 Generate = Callable[[list[list[int]], list[int]], dict[str, Any]]
 
 
-def bench(engine: str, workloads: list[dict], repeats: int, **how: Any) -> dict[str, Any]:
-    """Starts the engine, then runs each workload once unmeasured and `repeats` times measured."""
+def bench(engine: str, workloads: list[dict], **how: Any) -> dict[str, Any]:
+    """Starts the engine, then runs each workload as often as it says."""
     start = time.perf_counter()
     generate, read_memory = (start_baseline if engine == "baseline" else start_vllm)(**how)
     result: dict[str, Any] = {"start_s": time.perf_counter() - start, "runs": []}
     for workload in workloads:
-        measured = [generate(workload["prompts"], workload["outputs"]) for _ in range(1 + repeats)][1:]
+        runs = range(workload["unmeasured"] + workload["repeats"])
+        generated = [generate(workload["prompts"], workload["outputs"]) for _ in runs]
         result["weights"], peak = read_memory()
-        result["runs"].append({"repeats": measured, "peak_mem": peak})
+        result["runs"].append({"repeats": generated[workload["unmeasured"] :], "peak_mem": peak})
     return result
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rowint8.baseline_engine.sampler import SamplingParams
+from rowint8.eval.bench_vllm_probe import Compilations
 from tests.engine_harness import assert_all_memory_returned, engine_for, tokens_of
 from tests.tiny_models import prompts_of_ids, write_tiny
 
@@ -41,9 +42,21 @@ def test_cuda_equals_cpu(folder, quantization, mode):
     assert [tokens_of(cuda, [prompt], params)[0] for prompt in PROMPTS] == expected
     sampled = SamplingParams(max_tokens=16, temperature=1.0, top_p=0.9, seed=1)
     assert tokens_of(cuda, PROMPTS, sampled) == tokens_of(cuda, PROMPTS, sampled)
+    assert cuda.metrics is not None
     assert cuda.metrics.peak_mem > cuda.metrics.weight_bytes
     assert bool(cuda.runner.graphs) == (mode == "graph")
     assert_all_memory_returned(cuda)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["eager", "compile", "graph"])
+def test_no_request_waits_for_a_kernel(folder, mode):
+    limits = {"max_batch_tokens": 512, "max_seqs": 40, "cache_tokens": 4096, "int8_lm_head": True}
+    cuda = engine_for(folder, quantization="rowint8", mode=mode, device="cuda", dtype="bfloat16", **limits)
+    compilations = Compilations()
+    for lengths in ([1], [3, 40, 90], range(1, 41), [90] * 6):
+        tokens_of(cuda, prompts_of_ids(*lengths), SamplingParams(max_tokens=4))
+    assert compilations.read() == []
 
 
 @pytest.mark.gpu
