@@ -91,15 +91,15 @@ def _warm_up(model: Decoder, config: EngineConfig) -> float:
     from rowint8.kernels.warmup import WeightShape, warmup
 
     layer: Any = model.layers[0]  # all are alike
-    products = [("linear", layer.attention.qkv), ("linear", layer.attention.o), ("linear", layer.mlp.down)]
+    products: Any = [("linear", layer.attention.qkv), ("linear", layer.attention.o), ("linear", layer.mlp.down)]
     products += [("swiglu" if layer.mlp.fused else "linear", layer.mlp.gate_up)]
-    calls = [WeightShape(op, *part.values.shape, part.bias is not None) for op, part in products]
+    calls = [WeightShape(op, *part.values.shape, has_bias=part.bias is not None) for op, part in products]
     if layer.post_norm.fused:
         calls.append(WeightShape("add_rms_norm", model.config.hidden_size, model.config.hidden_size))
     seconds = warmup(calls, model.form.dtype, model.form.device, config.max_batch_tokens).seconds
     if isinstance(model.lm_head, Int8Linear):
-        head = WeightShape("linear", *model.lm_head.values.shape)
-        seconds += warmup([head], model.form.dtype, model.form.device, config.max_seqs).seconds
+        n, k = model.lm_head.values.shape
+        seconds += warmup([WeightShape("linear", n, k)], model.form.dtype, model.form.device, config.max_seqs).seconds
     return seconds
 
 
