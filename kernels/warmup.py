@@ -61,7 +61,9 @@ def warmup(weights: Iterable[WeightShape], dtype: torch.dtype, device: torch.dev
         for tile, m in _tokens_by_tile(weight, scratch, dtype, max_tokens).items():
             groups[_variant(weight, tile)].append((weight, m))
     driver.active.get_current_target()  # Triton makes its driver at first use, which is not safe in threads
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+    threads = min(_THREADS, os.cpu_count() or 1)
+    # A new thread has no CUDA context, which tensor descriptors need, until it first calls the CUDA runtime.
+    with ThreadPoolExecutor(threads, initializer=torch.cuda.synchronize, initargs=(device,)) as pool:
         list(pool.map(partial(_launch, scratch=scratch, dtype=dtype), groups.values()))
     torch.cuda.synchronize(device)
     return Ready(len(groups), perf_counter() - start)
