@@ -80,6 +80,9 @@ def make_runner(model: Decoder, config: EngineConfig) -> tuple[ModelRunner, floa
             )
         cache = _cache(model, -(-tokens // size) + 1, size)
         runner = ModelRunner(model, cache, backend, config.max_seqs, context)
+        if config.mode != "eager":
+            for num_tokens in (1, 2):  # again: a cache this large may need wider addresses
+                runner.run_empty(num_tokens)
         if config.mode == "graph":
             _capture(runner, config)
     seconds = perf_counter() - start if config.mode != "eager" else 0.0

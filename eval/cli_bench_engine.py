@@ -6,7 +6,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from rowint8.eval.cli_output import Json, err, out, save, write
+from rowint8.eval.cli_output import Append, Json, Kept, err, out
 from rowint8.eval.errors import EvalError
 
 
@@ -33,6 +33,7 @@ def bench_engine(
     ] = 0,
     repeats: Annotated[int, typer.Option(min=1, help="Measured runs of a workload; medians count.")] = 3,
     json_file: Json = None,
+    append: Append = False,
 ) -> None:
     """Time the small engine, rung by rung, and vLLM beside it, each setup in a process of its own.
 
@@ -44,13 +45,14 @@ def bench_engine(
     from rowint8.eval.bench_vllm import parse_workloads
     from rowint8.eval.bench_vllm_setups import choose_setups, model_folder
     from rowint8.eval.console import busy_warning
+    from rowint8.eval.schema import EngineRow
 
     known: dict[str, Any] = job.setups(torch.cuda.is_available())
     names = choose_setups(setups, known)
     sizes = parse_workloads(workloads or job.DEFAULT_WORKLOADS)
     if warning := busy_warning():
         err.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
-    rows: list[Any] = []
+    kept = Kept(json_file, EngineRow, append, [name.removeprefix("vllm-") for name in names])
     failed = []
     with model_folder(model, config, layers) as (folder, loading):
         vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
@@ -60,16 +62,15 @@ def bench_engine(
             try:
                 with err.status(f"{name} ({number} of {len(names)})"):
                     result = job.run_setup(known[name], folder, bool(loading), requests, repeats)
-                rows += job.setup_rows(name, known[name].engine, requests, result)
+                rows = job.setup_rows(name, known[name].engine, requests, result)
             except EvalError as error:
                 failed.append(name)
                 err.print(f"{name}: {error}", markup=False, highlight=False, soft_wrap=True)
                 continue
             err.print(f"{name}: started in {result['start_s']:.0f} s", highlight=False)
-            if json_file:
-                save(json_file, rows)  # an interrupted run keeps what it measured
-    if rows:
-        out.print(job.ladder_table(rows))
-        write(json_file, rows)
+            kept.add(rows)
+    if kept.rows:
+        out.print(job.ladder_table(kept.rows))
+        kept.close()
     if failed:
         raise EvalError(f"failed: {', '.join(failed)}; why is said above")

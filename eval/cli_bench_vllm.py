@@ -2,11 +2,11 @@
 
 import time
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
-from rowint8.eval.cli_output import Json, err, out, save, write
+from rowint8.eval.cli_output import Append, Json, Kept, err, out
 from rowint8.eval.errors import EvalError
 
 _SHAPES = "llama-3.1-8b, llama-3.1-70b, tiny, or the path of a config.json"
@@ -42,6 +42,7 @@ def bench_vllm(
     repeats: Annotated[int, typer.Option(min=1, help="Measured runs of a workload; medians count.")] = 3,
     enforce_eager: Eager = False,
     json_file: Json = None,
+    append: Append = False,
 ) -> None:
     """Time whole vLLM engines, offline: rowint8 beside bf16, fp8 and other 8-bit weights, each in a process of its own.
 
@@ -49,11 +50,12 @@ def bench_vllm(
     """
     from rowint8.eval import bench_vllm as job
     from rowint8.eval.bench_vllm_setups import SETUPS, choose_setups, model_folder
+    from rowint8.eval.schema import VllmRow
 
     names = _installed(choose_setups(setups))
     sizes = job.parse_workloads(workloads or job.DEFAULT_WORKLOADS)
     _warn_if_busy()
-    rows: list[Any] = []
+    kept = Kept(json_file, VllmRow, append, names)
     failed = []
     with model_folder(model, config, layers) as (folder, loading):
         llm = {**loading, **job.llm_arguments(folder, sizes, tensor_parallel_size, enforce_eager)}
@@ -67,10 +69,9 @@ def bench_vllm(
                 failed.append(name)
                 _say(f"{name}: {error}")
                 continue
-            rows += found
             _say(job.summary(found, time.monotonic() - start))
-            _save(json_file, rows)
-    _finish(json_file, rows, failed, [job.speed_table, job.setup_table])
+            kept.add(found)
+    _finish(kept, failed, [job.speed_table, job.setup_table])
 
 
 def bench_serve(
@@ -92,6 +93,7 @@ def bench_serve(
     goodput: Annotated[str, typer.Option(help="Limits in ms: ttft, tpot, e2el.")] = "ttft:200,tpot:50",
     enforce_eager: Eager = False,
     json_file: Json = None,
+    append: Append = False,
 ) -> None:
     """Measure `vllm serve` under load with vLLM's own client, one server a setup.
 
@@ -99,12 +101,13 @@ def bench_serve(
     """
     from rowint8.eval import bench_serve as job
     from rowint8.eval.bench_vllm_setups import choose_setups, model_folder
+    from rowint8.eval.schema import ServeRow
 
     names = choose_setups(setups or job.DEFAULT_SETUPS, job.SERVED)
     sent_at = job.parse_rates(rates)
     load = job.Load(prompt_tokens, output_tokens, seconds, job.parse_goodput(goodput))
     _warn_if_busy()
-    rows: list[Any] = []
+    kept = Kept(json_file, ServeRow, append, names)
     failed = []
     with model_folder(model, config, layers) as (folder, loading):
         if model is None:
@@ -114,15 +117,14 @@ def bench_serve(
             try:
                 with err.status(f"{name} ({number} of {len(names)}): starting the server") as status:
                     for row in job.run_setup(name, folder, arguments, sent_at, load):
-                        rows.append(row)
+                        kept.add([row])
                         status.update(f"{name} ({number} of {len(names)}): {row.request_rate:g} requests/s done")
-                        _save(json_file, rows)
             except EvalError as error:
                 failed.append(name)
                 _say(f"{name}: {error}")
                 continue
             _say(f"{name}: done")
-    _finish(json_file, rows, failed, [job.serve_table])
+    _finish(kept, failed, [job.serve_table])
 
 
 def _installed(names: list[str]) -> list[str]:
@@ -150,16 +152,9 @@ def _say(line: str) -> None:
     err.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _save(path: Path | None, rows: list) -> None:
-    """An interrupted run keeps what it measured."""
-    if path is not None:
-        save(path, rows)
-
-
-def _finish(path: Path | None, rows: list, failed: list[str], tables: list) -> None:
-    for table in tables if rows else ():
-        out.print(table(rows))
-    if rows:
-        write(path, rows)
+def _finish(kept: Kept, failed: list[str], tables: list) -> None:
+    for table in tables if kept.rows else ():
+        out.print(table(kept.rows))
+    kept.close()
     if failed:
         raise EvalError(f"failed: {', '.join(failed)}; why is said above")

@@ -2,16 +2,26 @@
 
 import shlex
 import sys
+from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.console import Console
+
+from rowint8.eval.errors import EvalError
+
+if TYPE_CHECKING:
+    from rowint8.eval.schema import Environment
 
 out = Console()
 err = Console(stderr=True)
 
 Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the results to this file.")]  # noqa: UP045
+Append = Annotated[
+    bool, typer.Option("--append", help="Keep what the file holds of other setups, measured on the same machine.")
+]
 
 
 def write(path: Path | None, rows, ceilings=None) -> None:
@@ -21,8 +31,8 @@ def write(path: Path | None, rows, ceilings=None) -> None:
         err.print(f"wrote {path}", highlight=False)
 
 
-def save(path: Path, rows, ceilings=None) -> None:
-    """Writes a result file whose command is this process's command line.
+def save(path: Path, rows, ceilings=None, after: str = "") -> None:
+    """Writes a result file whose command is this process's command line, behind those that it comes `after`.
 
     The file's own place is no part of the measurement: only its name is kept.
     """
@@ -30,5 +40,53 @@ def save(path: Path, rows, ceilings=None) -> None:
     from rowint8.eval.schema import Results, write_results
 
     command = shlex.join(["rowint8", *(path.name if part == str(path) else part for part in sys.argv[1:])])
+    command = f"{after} && {command}" if after else command
     results = Results(environment=describe_environment(), command=command, rows=tuple(rows), ceilings=ceilings)
     write_results(path, results)
+
+
+class Kept:
+    """The rows of a benchmark of several setups, and the file that holds them whenever the benchmark may end.
+
+    Args:
+        path: of the file; None writes nothing.
+        row_type: of its rows, which have a `setup`.
+        append: keep the rows of the file whose setup is none of `setups`.
+
+    Raises:
+        EvalError: the file to append to cannot be read, or comes from another machine or other versions.
+    """
+
+    def __init__(self, path: Path | None, row_type: type, append: bool, setups: Collection[str]) -> None:
+        self.path, self.rows, self._after = path, [], ""
+        if append:
+            if path is None:
+                raise EvalError("--append keeps the rows of a file; name it with --json")
+            self._read(path, row_type, setups)
+
+    def _read(self, path: Path, row_type: type, setups: Collection[str]) -> None:
+        from rowint8.eval.environment import describe_environment
+        from rowint8.eval.schema import read_results
+
+        earlier: Any = read_results(path, row_type)
+        if changed := _differences(earlier.environment, describe_environment()):
+            raise EvalError(f"{path} was measured elsewhere, so nothing is appended: {changed}")
+        self.rows = [row for row in earlier.rows if row.setup not in setups]
+        self._after = earlier.command
+
+    def add(self, rows: Collection) -> None:
+        """Adds rows and writes the file anew."""
+        self.rows += rows
+        if self.path is not None and rows:
+            save(self.path, self.rows, after=self._after)
+
+    def close(self) -> None:
+        """Says where the rows are."""
+        if self.path is not None and self.rows:
+            err.print(f"wrote {self.path}", highlight=False)
+
+
+def _differences(one: "Environment", other: "Environment") -> str:
+    """What differs, but for the date."""
+    pairs = zip(asdict(one).items(), asdict(other).values(), strict=True)
+    return ", ".join(f"{key} {a} and {b}" for (key, a), b in pairs if a != b and key != "date")

@@ -364,7 +364,9 @@ def test_a_real_run_keeps_the_rows_of_the_setups_that_work(tmp_path, monkeypatch
         (setup, *size) for setup in ("bf16", "rowint8") for size in ((2, 8, 4), (3, 64, 1))
     ]
     sizes = {row.setup: row.weights_gib * GIB for row in rows}
-    assert sizes["bf16"] == pytest.approx(tiny_weights(linear_bytes=2, row_bytes=0), abs=100)
+    # Where its CPU build has packed unquantized linear weights for AVX-512, vLLM drops them.
+    dense = [pytest.approx(tiny_weights(linear_bytes, row_bytes=0), abs=100) for linear_bytes in (2, 0)]
+    assert sizes["bf16"] in dense
     assert sizes["rowint8"] == pytest.approx(tiny_weights(linear_bytes=1, row_bytes=2), abs=100)
     assert all(row.compiled == () and row.repeats == 2 for row in rows)
     assert "2x8x4" in done.stdout

@@ -21,7 +21,8 @@ pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.gpu]
 
 LLM = {"dtype": "bfloat16", "max_model_len": 128, "max_num_seqs": 8, "gpu_memory_utilization": 0.2}
-LLM |= {"skip_tokenizer_init": True, "enable_sleep_mode": True}
+LLM |= {"skip_tokenizer_init": True}
+SLEEPY = LLM | {"enable_sleep_mode": True}
 MODELS = {
     "llama": (LlamaConfig, {"tie_word_embeddings": True}),
     "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
@@ -31,11 +32,23 @@ MEAN_NOISE = 0.1
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("driver")
-    driver = Driver(folder / "log", VLLM_USE_FLASHINFER_SAMPLER="0", **caches_in(folder))
-    yield driver
-    driver.stop()
+def new_driver(tmp_path_factory):
+    """Makes drivers, which share what they compile."""
+    folder, drivers = tmp_path_factory.mktemp("drivers"), []
+
+    def make() -> Driver:
+        log = folder / f"log{len(drivers)}"
+        drivers.append(Driver(log, VLLM_USE_FLASHINFER_SAMPLER="0", **caches_in(folder)))
+        return drivers[-1]
+
+    yield make
+    for driver in drivers:
+        driver.stop()
+
+
+@pytest.fixture(scope="module")
+def driver(new_driver) -> Driver:
+    return new_driver()
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -76,8 +89,8 @@ def test_weights_are_the_bits_of_quantize_rowwise_on_the_cpu(model, online):
 
 
 @pytest.mark.parametrize("level", [1, 2])
-def test_after_a_sleep_it_says_the_same_from_the_same_memory(driver, model, online, level):
-    result = driver.works(model, llm=LLM, sleep=level)
+def test_after_a_sleep_it_says_the_same_from_the_same_memory(new_driver, model, online, level):
+    result = new_driver().works(model, llm=SLEEPY, sleep=level)  # vLLM has one engine that can sleep in a process
     assert result["same_memory"] is True
     assert result["token_ids"] == result["before_sleep"] == online["token_ids"]
     assert result["layers"] == online["layers"]
