@@ -6,7 +6,7 @@ one ahead of it in the stream still runs, and waits for it inside (programmatic 
 not depend on the other rows.
 """
 
-from typing import Any
+from functools import cache
 
 import torch
 import triton
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from rowint8.kernels.launch import dependent_launch
+from rowint8.kernels.launch import dependent_launch, launch, traits
 
 _VECTOR_BYTES = 16
 _MAX_WARPS = 32
@@ -61,7 +61,15 @@ def add_rms_norm(tokens: Tensor, residual: Tensor | None, weight: Tensor, eps: f
     M, H = tokens.shape
     normed, total = (torch.empty(M, H, dtype=tokens.dtype, device=tokens.device) for _ in range(2))
     if tokens.numel():
-        variant: dict[str, Any] = dict(H=H, BLOCK=triton.next_power_of_2(H))
-        variant |= dict(num_warps=norm_warps(H, tokens.element_size()), **dependent_launch(tokens.device))
-        _add_rms_norm[(M,)](tokens, residual, weight, normed, total, eps, **variant)
+        variant = "add_rms_norm", H, traits(tokens, residual, weight)
+        arguments = tokens, residual, weight, normed, total, eps
+        launch(_add_rms_norm, variant, (M, 1, 1), arguments, *_constants(H, tokens.element_size(), tokens.device))
     return normed, total
+
+
+@cache
+def _constants(h: int, itemsize: int, device: torch.device) -> tuple[dict, dict]:
+    """Constants of the kernel and options of its compilation."""
+    pdl = dependent_launch(device)
+    constants = dict(H=h, BLOCK=triton.next_power_of_2(h), PDL=pdl)
+    return constants, dict(num_warps=norm_warps(h, itemsize), launch_pdl=pdl)

@@ -1,7 +1,7 @@
 """Launches the Hopper kernel: descriptors for TMA, the grid, and the sum of the parts of a split K."""
 
-from functools import cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -11,10 +11,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from rowint8.kernels.hopper import Config, hopper_kernel
+from rowint8.kernels.launch import blocks, launch, traits
 from rowint8.kernels.tiles import CONSUMER_ROWS, HopperTile, hopper_processors
 
 _GLUON_DTYPE = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _ALIGNMENT = 16
+_DESCRIPTORS = 4096
+"""How many are kept for either operand: layers times tiles, as activations mostly return to the same addresses."""
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -61,30 +64,28 @@ def hopper_product(
     """
     (M, K), N = tokens.shape, values.shape[0]
     out = torch.empty(M, N // 2 if fused else N, dtype=tokens.dtype, device=tokens.device)
-    tiles_m, tiles_n = triton.cdiv(M, tile.block_m), triton.cdiv(N, tile.rows)
-    programs = min(hopper_processors(tokens.device), tiles_m * tiles_n * tile.split)
-    launch: dict[str, Any] = dict(num_warps=4, launch_pdl=True)
-    launch["config"] = Config(
-        fused,
-        bias is not None,
-        tile.across,
-        tile.deep,
-        CONSUMER_ROWS,
-        tile.block_m,
-        tile.block_k,
-        tile.stages,
-        tile.split,
-        tile.group,
-    )
-    descriptors = _weight_descriptor(values, tile, fused), _token_descriptor(tokens, tile)
-    if tile.split == 1:
-        hopper_kernel[(programs,)](*descriptors, scale, bias, out, M, N, K, **launch)
-        return out
-    padded_m, padded_n = tiles_m * tile.block_m, tiles_n * tile.rows
-    parts = torch.empty(tile.split, padded_n, padded_m, dtype=torch.float32, device=tokens.device)
-    hopper_kernel[(programs,)](*descriptors, scale, bias, parts, M, N, K, **launch)
-    add_parts(parts, scale, bias, out)
+    tiles_m, tiles_n = blocks(M, tile.block_m), blocks(N, tile.rows)
+    grid = min(hopper_processors(tokens.device), tiles_m * tiles_n * tile.split), 1, 1
+    written = out
+    if tile.split > 1:
+        padded = tiles_n * tile.rows, tiles_m * tile.block_m
+        written = torch.empty(tile.split, *padded, dtype=torch.float32, device=tokens.device)
+    variant = "hopper", fused, tile, N, K, traits(tokens, scale, bias)
+    weight = _weight_descriptor(values.data_ptr(), N, K, tile, fused)
+    arguments = weight, _token_descriptor(tokens.data_ptr(), M, K, tokens.dtype, tile), scale, bias, written, M, N, K
+    launch(hopper_kernel, variant, grid, arguments, _constants(tile, fused, bias is not None), _OPTIONS)
+    if tile.split > 1:
+        add_parts(written, scale, bias, out)
     return out
+
+
+_OPTIONS = dict(num_warps=4, launch_pdl=True)
+
+
+@cache
+def _constants(tile: HopperTile, fused: bool, has_bias: bool) -> dict[str, Config]:
+    shape = tile.across, tile.deep, CONSUMER_ROWS, tile.block_m, tile.block_k, tile.stages
+    return {"config": Config(fused, has_bias, *shape, tile.split, tile.group)}
 
 
 def add_parts(parts: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -92,25 +93,39 @@ def add_parts(parts: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) ->
     M, N = out.shape
     split, padded_n, padded_m = parts.shape
     constants: dict[str, Any] = dict(SPLIT=split, HAS_BIAS=bias is not None, BLOCK_M=32, BLOCK_N=32)
-    grid = (triton.cdiv(N, 32), triton.cdiv(M, 32))
-    _add_parts[grid](parts, scale, bias, out, M, N, padded_m, padded_n, **constants)
+    variant = "add_parts", split, padded_m % 16 == 0, padded_n % 16 == 0, N, traits(scale, bias, out)
+    grid = blocks(N, 32), blocks(M, 32), 1
+    launch(_add_parts, variant, grid, (parts, scale, bias, out, M, N, padded_m, padded_n), constants, {})
 
 
-def _weight_descriptor(values: Tensor, tile: HopperTile, fused: bool) -> TensorDescriptor:
+class _Memory(NamedTuple):
+    """What a descriptor wants of a tensor. It does not keep the memory: descriptors may be kept, and used again for
+    whatever lies there later."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@lru_cache(_DESCRIPTORS)
+def _weight_descriptor(address: int, n: int, k: int, tile: HopperTile, fused: bool) -> TensorDescriptor:
     """Blocks of one consumer's rows; for SwiGLU eight gate rows and their eight up rows in turn: [I / 8, 2, 8, K]."""
+    memory: Any = _Memory(address, torch.int8)
     if not fused:
         block = [CONSUMER_ROWS, tile.block_k]
-        return TensorDescriptor.from_tensor(values, block, _layout(tuple(block), gl.int8))
-    N, K = values.shape
+        return TensorDescriptor(memory, [n, k], [k, 1], block, _layout(tuple(block), gl.int8))
     block = [CONSUMER_ROWS // 16, 2, 8, tile.block_k]
     layout = _layout(tuple(block), gl.int8)
-    return TensorDescriptor(values, [N // 16, 2, 8, K], [8 * K, N // 2 * K, K, 1], block, layout)
+    return TensorDescriptor(memory, [n // 16, 2, 8, k], [8 * k, n // 2 * k, k, 1], block, layout)
 
 
-def _token_descriptor(tokens: Tensor, tile: HopperTile) -> TensorDescriptor:
+@lru_cache(_DESCRIPTORS)
+def _token_descriptor(address: int, m: int, k: int, dtype: torch.dtype, tile: HopperTile) -> TensorDescriptor:
+    memory: Any = _Memory(address, dtype)
     block = [tile.block_m, tile.block_k]
-    layout = _layout(tuple(block), _GLUON_DTYPE[tokens.dtype])
-    return TensorDescriptor.from_tensor(tokens, block, layout)
+    return TensorDescriptor(memory, [m, k], [k, 1], block, _layout(tuple(block), _GLUON_DTYPE[dtype]))
 
 
 @cache

@@ -4,6 +4,7 @@ A program's weight block holds BLOCK_N / 2 gate rows and the same up rows, alter
 linear one and the pair meets in the epilogue: the [M, 2I] intermediate is never written.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rowint8.kernels.launch import dependent_launch, dot_dtype, grid_position, hopper_tile
+from rowint8.kernels.launch import blocks, dependent_launch, dot_dtype, grid_position, hopper_tile, launch, traits
 from rowint8.kernels.products import dot_product, overlap_previous, vector_product
-from rowint8.kernels.tiles import pick_tile, shared_memory_limit
+from rowint8.kernels.tiles import TileConfig, pick_tile, shared_memory_limit
 
 
 @triton.jit
@@ -101,14 +102,25 @@ def int8_swiglu(tokens: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     out = torch.empty(M, I, dtype=tokens.dtype, device=tokens.device)
     if out.numel():
         tile = pick_tile("swiglu", M, N, K, tokens.element_size(), shared_memory_limit(tokens.device))
-        common: dict[str, Any] = dict(BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, EVEN_K=K % tile.block_k == 0)
-        common |= dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
-        common |= dependent_launch(tokens.device, tile.overlaps)
+        constants, options = _constants(tile, K, tokens.dtype, tokens.device)
+        variant = "swiglu", tile, N, K, traits(tokens, values, scale)
         outputs = tile.block_n // 2
         if tile.block_m == 1:
-            _swiglu_one_token[(M, triton.cdiv(I, outputs))](tokens, values, scale, out, I, K, **common)
+            grid = (M, blocks(I, outputs), 1)
+            launch(_swiglu_one_token, variant, grid, (tokens, values, scale, out, I, K), constants, options)
         else:
-            grid = (triton.cdiv(M, tile.block_m) * triton.cdiv(I, outputs),)
-            common |= dict(BLOCK_M=tile.block_m, SLICES=tile.slices, GROUP=tile.group, DOT=dot_dtype(tokens.dtype))
-            _swiglu_many_tokens[grid](tokens, values, scale, out, M, I, K, **common)
+            grid = (blocks(M, tile.block_m) * blocks(I, outputs), 1, 1)
+            launch(_swiglu_many_tokens, variant, grid, (tokens, values, scale, out, M, I, K), constants, options)
     return out
+
+
+@cache
+def _constants(tile: TileConfig, k: int, dtype: torch.dtype, device: torch.device) -> tuple[dict, dict]:
+    """Constants of the kernel that runs the tile, in its order, and options of the compilation."""
+    pdl = tile.overlaps and dependent_launch(device)
+    options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=pdl)
+    even_k = k % tile.block_k == 0
+    if tile.block_m == 1:
+        return dict(BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, EVEN_K=even_k, PDL=pdl), options
+    block: dict[str, Any] = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k)
+    return block | dict(SLICES=tile.slices, GROUP=tile.group, EVEN_K=even_k, DOT=dot_dtype(dtype), PDL=pdl), options

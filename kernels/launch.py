@@ -1,6 +1,6 @@
 """What every launcher and kernel needs once: which kernel, the interpreter's dtype rule, the order of tiles."""
 
-from functools import cache
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,14 +23,42 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.float32 if knobs.runtime.interpret else _TRITON_DTYPE[dtype]
 
 
-@cache
-def dependent_launch(device: torch.device, wanted: bool = True) -> dict[str, Any]:
-    """Launch options: whether a kernel is set up while the one in front of it still runs (9.0 and newer).
+def dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel can be set up while the one in front of it still runs (9.0 and newer; Triton's `launch_pdl`).
 
     Such a kernel must wait (`gdc_wait`) before it reads activations or writes anything.
     """
-    pdl = wanted and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"PDL": pdl, "launch_pdl": pdl}
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+_compiled: dict[tuple, Any] = {}
+
+
+def launch(
+    kernel: Any, variant: tuple, grid: tuple[int, int, int], arguments: tuple, constants: Mapping, options: Mapping
+) -> None:
+    """As `kernel[grid](*arguments, **constants, **options)`, in half of the host's time from the second call on.
+
+    Triton finds the compilation of a call by looking at every argument. Here `variant` names it: all that a compilation
+    depends on, the name of the kernel first (see `traits`). `constants` are the parameters behind `arguments`.
+    """
+    compiled = _compiled.get(variant)
+    if compiled is not None:
+        compiled[grid](*arguments, *constants.values())
+        return
+    compiled = kernel[grid](*arguments, **constants, **options)
+    if compiled is not None:  # as under the interpreter
+        _compiled[variant] = compiled
+
+
+def traits(*tensors: Tensor | None) -> tuple:
+    """What Triton compiles for in tensors: of each its device, its dtype and whether it begins on 16 bytes."""
+    return tuple(None if t is None else (t.device, t.dtype, t.data_ptr() % 16 == 0) for t in tensors)
+
+
+def blocks(size: int, block: int) -> int:
+    """How many blocks cover `size`. (`triton.cdiv` takes microseconds on the host.)"""
+    return -(-size // block)
 
 
 def hopper_tile(op: str, tokens: Tensor, values: Tensor) -> HopperTile | None:

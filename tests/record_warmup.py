@@ -24,7 +24,7 @@ _DRAWS = 40
 class _InThisThread:
     """A pool without threads: fake tensors and the current fake card are of one thread."""
 
-    def __init__(self, threads: int):
+    def __init__(self, threads: int, **_):
         self.map = map
 
     def __enter__(self):
