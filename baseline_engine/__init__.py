@@ -15,6 +15,7 @@ Read it in this order; a request passes through the files the same way (docs/eng
     attention     which library computes attention over the paged cache, and how it is asked
     kv_cache      the memory behind the blocks
     sampler       logits to the next token
+    scoring       how likely the model finds a given text: the same steps, nothing sampled
     metrics       what TTFT, ITL, TPOT, tok/s and the rest mean, defined once
 
 and, once at the start:

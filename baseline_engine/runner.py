@@ -140,24 +140,35 @@ class ModelRunner:
             return None
         return next((graph for rows, graph in self.graphs.items() if rows >= len(chunks)), None)
 
+    @torch.inference_mode()
+    def hidden(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Hidden states [T, hidden] of all tokens of a step that samples nothing; see `scoring`."""
+        return self._hidden(*self._inputs(chunks))
+
     def _forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """Logits [sampling sequences, vocabulary]."""
+        return self.compute(*self._inputs(chunks))
+
+    def _inputs(self, chunks: Sequence[Chunk]) -> tuple[_Vectors, Layout]:
         packed, sizes = _Vectors.pack(chunks, self.cache.block_size, len(chunks))
         vectors = _Vectors(*to_device(packed, self.device).split(sizes))
         lengths = [chunk.count for chunk in chunks]
         ends = [chunk.first + chunk.count for chunk in chunks]
         tables = to_device(_tables(chunks, len(chunks)), self.device)
-        return self.compute(vectors, Layout(vectors.query_start, vectors.seq_lens, tables, lengths, ends))
+        return vectors, Layout(vectors.query_start, vectors.seq_lens, tables, lengths, ends)
 
     def compute(self, vectors: _Vectors, layout: Layout) -> Tensor:
         """Logits [sampling sequences, vocabulary] of a step whose numbers are on the device."""
-        sources = vectors.sources.long()
-        tokens = torch.where(sources < 0, vectors.tokens.long(), self.sampled[sources.clamp(min=0)])
-        attend = self.attention.plan(layout)
-        hidden = self.model(tokens, vectors.positions, vectors.slots.long(), self.cache, attend)
+        hidden = self._hidden(vectors, layout)
         if len(vectors.logit_rows) < len(hidden):
             hidden = hidden[vectors.logit_rows]
         return self.model.logits(hidden)
+
+    def _hidden(self, vectors: _Vectors, layout: Layout) -> Tensor:
+        sources = vectors.sources.long()
+        tokens = torch.where(sources < 0, vectors.tokens.long(), self.sampled[sources.clamp(min=0)])
+        attend = self.attention.plan(layout)
+        return self.model(tokens, vectors.positions, vectors.slots.long(), self.cache, attend)
 
     def _to_host(self, requests: list[Request], sampled: Sampled) -> StepResult:
         if self.device.type != "cuda":

@@ -13,6 +13,7 @@ import typer
 
 from rowint8.eval.cli_bench import bench
 from rowint8.eval.cli_output import Json, err, out, write
+from rowint8.eval.cli_quality import agreement, existing_model, fidelity, quality
 from rowint8.eval.cli_report import report
 from rowint8.eval.cli_tune import tune
 from rowint8.eval.demo_model import DEFAULT_FOLDER, make_demo_model
@@ -29,14 +30,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench, name="bench")
+app.command("quality")(quality)
+app.command("fidelity")(fidelity)
+app.command("agreement")(agreement)
 app.command("report")(report)
 app.command("tune")(tune)
-
-
-Dtype = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(help="Of the arithmetic: bfloat16, float16 or float32. Default: bfloat16 on a GPU, else float32."),
-]
 
 
 class Format(str, Enum):
@@ -97,7 +95,7 @@ def demo(
     if vllm:
         require_package("vllm", "run `pip install 'rowint8[vllm]'` or give --no-vllm")
         require_package("openai", "run `pip install openai` or give --no-vllm")
-    folder = _existing(model) if model else _made_demo_model()
+    folder = existing_model(model) if model else _made_demo_model()
     if warning := busy_warning():
         err.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
     out.print(f"[bold]Prompt[/bold]  {job.PROMPT}\n")
@@ -114,30 +112,6 @@ def demo(
             answer = job.complete_with_vllm(folder)
         out.print(f"\n[bold]vllm serve {folder} --quantization rowint8[/bold]", answer, sep="\n", highlight=False)
         out.print(f"[dim]started, answered and stopped in {time.monotonic() - start:.0f} s[/dim]")
-
-
-@app.command()
-def quality(
-    model: Annotated[Path, typer.Option(help="A model folder.")] = DEFAULT_FOLDER,
-    dtype: Dtype = None,
-    limit: Annotated[Optional[int], typer.Option(min=2, help="Only this many questions.")] = None,  # noqa: UP045
-    json_file: Json = None,
-) -> None:
-    """Compare unquantized weights with rowint8 on a small task, through lm-eval and the real vLLM.
-
-    Example: rowint8 quality --model models/smollm2-135m-instruct --json quality.json
-    """
-    from rowint8.eval import quality as job
-
-    folder = _existing(model)
-    arithmetic = _arithmetic(dtype)
-    runs = {}
-    for setup in job.SETUPS:
-        with err.status(f"lm-eval on vLLM: {setup}"):
-            runs[setup] = job.run_setup(folder, setup, arithmetic, limit)
-    rows = job.quality_rows(runs, arithmetic)
-    out.print(job.quality_table(rows))
-    write(json_file, rows)
 
 
 @app.command()
@@ -191,68 +165,6 @@ def quantize(
     )
 
 
-@app.command()
-def fidelity(
-    text: Annotated[Path, typer.Option(help="A text file, or .jsonl with the fields page or text.")],
-    model: Annotated[Path, typer.Option(help="Folder of the unquantized model.")] = DEFAULT_FOLDER,
-    quantization: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(help="rowint8, rowint8+lm_head, bf16, int8-group32 or fp8-row. Repeat for more. Default: all."),
-    ] = None,
-    checkpoint: Annotated[
-        Optional[list[Path]],  # noqa: UP045
-        typer.Option(help="Also a checkpoint of `rowint8 quantize` made from the model. Repeat for more."),
-    ] = None,
-    ablate: Annotated[bool, typer.Option("--ablate", help="Also rowint8 in one kind of layer at a time.")] = False,
-    window: Annotated[int, typer.Option(min=2, help="Tokens the model sees at a time.")] = 1024,
-    windows: Annotated[int, typer.Option(min=1, help="Windows taken from the start of the text.")] = 10,
-    json_file: Json = None,
-) -> None:
-    """Measure how far rounded weights move the model: KL, same likeliest token and perplexity on a text.
-
-    Example: rowint8 fidelity --text book.txt --quantization rowint8 --quantization fp8-row --json fidelity.json
-    """
-    from rowint8.eval import fidelity as job
-    from rowint8.eval import fidelity_setups
-    from rowint8.eval.console import progress
-    from rowint8.eval.quantize_checkpoint import open_source
-
-    source = open_source(_existing(model))
-    names = quantization or fidelity_setups.QUANTIZATIONS
-    if unknown := [name for name in names if name not in fidelity_setups.QUANTIZATIONS]:
-        accepted = ", ".join(fidelity_setups.QUANTIZATIONS)
-        raise EvalError(f"--quantization has {', '.join(unknown)}; accepted are {accepted}")
-    setups = [fidelity_setups.rounded_setup(source, name) for name in names]
-    setups += [fidelity_setups.stored_setup(folder) for folder in checkpoint or ()]
-    setups += fidelity_setups.ablation_setups(source) if ablate else []
-    tokens = job.token_windows(model, job.read_text(text), window, windows)
-    with progress(err, "weights", len(setups) + 1) as advance:
-        measured = job.Fidelity(model, fidelity_setups.original(source), tokens)
-        advance()
-        rows = list(job.measure(measured, setups, text.name, advance))
-    out.print(job.fidelity_table(rows))
-    write(json_file, rows)
-
-
-@app.command()
-def agreement(
-    model: Annotated[Path, typer.Option(help="A model folder.")] = DEFAULT_FOLDER,
-    dtype: Dtype = None,
-    json_file: Json = None,
-) -> None:
-    """Compare the greedy tokens of the small engine and of vLLM, both with rowint8, on ten fixed prompts.
-
-    Example: rowint8 agreement --json agreement.json
-    """
-    from rowint8.eval import agreement as job
-
-    folder = _existing(model)
-    with err.status("both engines, ten prompts"):
-        rows = job.compare(folder, _arithmetic(dtype))
-    out.print(job.agreement_table(rows))
-    write(json_file, rows)
-
-
 def _calibrated(source: "Source", layers: Collection[str], text: Path) -> "Convert":
     from rowint8.eval import gptq
     from rowint8.eval.console import progress
@@ -264,20 +176,6 @@ def _calibrated(source: "Source", layers: Collection[str], text: Path) -> "Conve
         raise EvalError(f"{text} has fewer than {needed} tokens, and from less gptq learns the text, not the language")
     with progress(err, "calibrating", len(layers)) as advance:
         return gptq.calibrate(source, layers, windows, advance)
-
-
-def _arithmetic(dtype: str | None) -> str:
-    from rowint8.eval.quality import default_dtype
-
-    if dtype not in (None, "bfloat16", "float16", "float32"):
-        raise EvalError(f"--dtype is {dtype}; accepted are bfloat16, float16 and float32")
-    return dtype or default_dtype()
-
-
-def _existing(folder: Path) -> Path:
-    if not (folder / "config.json").is_file():
-        raise EvalError(f"{folder} is not a model folder (no config.json); `rowint8 demo-model` makes one")
-    return folder
 
 
 def _made_demo_model() -> Path:

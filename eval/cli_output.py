@@ -1,5 +1,6 @@
 """Where the commands of `rowint8` write: results to stdout, the rest to stderr, and a result file where asked."""
 
+import os
 import shlex
 import sys
 from collections.abc import Collection
@@ -34,15 +35,22 @@ def write(path: Path | None, rows, ceilings=None) -> None:
 def save(path: Path, rows, ceilings=None, after: str = "") -> None:
     """Writes a result file whose command is this process's command line, behind those that it comes `after`.
 
-    The file's own place is no part of the measurement: only its name is kept.
+    Where the file, or what lies outside the working directory, is on this machine is no part of the measurement: only
+    their names are kept.
     """
     from rowint8.eval.environment import describe_environment
     from rowint8.eval.schema import Results, write_results
 
-    command = shlex.join(["rowint8", *(path.name if part == str(path) else part for part in sys.argv[1:])])
+    command = shlex.join(["rowint8", *(_without_place(part, path) for part in sys.argv[1:])])
     command = f"{after} && {command}" if after else command
     results = Results(environment=describe_environment(), command=command, rows=tuple(rows), ceilings=ceilings)
     write_results(path, results)
+
+
+def _without_place(argument: str, file: Path) -> str:
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    outside = os.path.isabs(value) or value.startswith("..")
+    return option + equals + (Path(value).name if outside or value == str(file) else value)
 
 
 class Kept:

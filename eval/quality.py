@@ -1,68 +1,64 @@
-"""What INT8 weights cost in quality: one lm-eval task through the real vLLM, unquantized weights against rowint8.
+"""What INT8 weights cost in quality: the same lm-eval tasks on several backends, compared question by question.
 
-Each setup runs in a process of its own. Both answer the same questions, so the difference is taken question by
-question: its standard error is far smaller than that of either accuracy. "logprob", the log-probability of the right
-answer, sees changes that are too small to flip an answer.
+Each backend runs in a process of its own. All answer the same questions, so the difference from the first one is taken
+question by question (see `paired`): its standard error is far smaller than that of either value.
 """
 
 import json
 import math
-import statistics
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 
+from rowint8.eval import paired
 from rowint8.eval.console import compact_table
-from rowint8.eval.lm_eval_run import TASK
+from rowint8.eval.errors import EvalError
+from rowint8.eval.lm_eval_tasks import Task
 from rowint8.eval.processes import require_package, run_quietly, vllm_environment
-from rowint8.eval.schema import QualityRow
-
-SETUPS = {"unquantized": None, "rowint8": "rowint8"}
-"""Setup to vLLM's `--quantization`. The first is what the second is compared with."""
-METRICS = ("acc", "acc_norm", "logprob")
-MAX_MODEL_LEN = 128
+from rowint8.eval.schema import EngineName, QualityRow
 
 
 @dataclass(frozen=True)
-class PairedDifference:
-    """Of two setups over the same questions: other minus base."""
+class Backend:
+    """What runs the model, and what becomes of its linear weights."""
 
-    mean: float
-    stderr: float
-    """Standard deviation of the differences (n - 1) / sqrt(n)."""
-    gained: int
-    """Questions where the other is higher."""
-    lost: int
-    """Questions where the base is higher."""
+    engine: EngineName
+    setup: Literal["unquantized", "rowint8"]
 
 
-def paired_difference(base: Sequence[float], other: Sequence[float]) -> PairedDifference:
-    """Compares two setups question by question.
-
-    Raises:
-        ValueError: the two differ in length, or there are fewer than two questions.
-    """
-    differences = [b - a for a, b in zip(base, other, strict=True)]
-    mean, stderr = mean_and_stderr(differences)
-    gained = sum(difference > 0 for difference in differences)
-    lost = sum(difference < 0 for difference in differences)
-    return PairedDifference(mean, stderr, gained, lost)
+BACKENDS = {
+    "transformers": Backend("transformers", "unquantized"),
+    "baseline": Backend("baseline", "unquantized"),
+    "baseline-rowint8": Backend("baseline", "rowint8"),
+    "vllm": Backend("vllm", "unquantized"),
+    "vllm-rowint8": Backend("vllm", "rowint8"),
+}
+_PACKAGES = {"transformers": ("accelerate", "eval"), "baseline": ("lm_eval", "eval"), "vllm": ("vllm", "vllm")}
+"""What an engine needs here besides lm-eval: a package, and the extra of ours that installs it."""
 
 
-def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error, stdev (n - 1) / sqrt(n), as lm-eval defines it for means.
+def choose(names: str) -> dict[str, Backend]:
+    """BACKENDS by their names, given with commas between them.
 
     Raises:
-        ValueError: fewer than two values.
+        EvalError: a name is unknown, or what its backend needs is not installed.
     """
-    if len(values) < 2:
-        raise ValueError(f"a standard error needs at least two values, got {len(values)}")
-    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+    chosen = {name.strip(): BACKENDS.get(name.strip()) for name in names.split(",")}
+    if unknown := [name for name, backend in chosen.items() if backend is None]:
+        raise EvalError(f"--backends has {', '.join(map(repr, unknown))}; accepted are {', '.join(BACKENDS)}")
+    found = {name: backend for name, backend in chosen.items() if backend is not None}
+    require_package("lm_eval", "run `pip install 'rowint8[eval]'`")
+    for name, backend in found.items():
+        package, extra = _PACKAGES[backend.engine]
+        require_package(package, f"run `pip install 'rowint8[{extra}]'` or leave {name} out of --backends")
+    return found
 
 
 def default_dtype() -> str:
@@ -72,98 +68,164 @@ def default_dtype() -> str:
     return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
-def run_setup(model: Path, setup: str, dtype: str, limit: int | None) -> dict[str, Any]:
-    """Runs the task on one of SETUPS in a new process; returns what `lm_eval_run.run_task` does.
+def context_of(model: Path, wanted: int) -> int:
+    """Tokens that every backend can show the model at a time: at most `wanted`, and two fewer than it has positions.
+
+    vLLM keeps the two for itself: it cannot score a text without generating after it.
+    """
+    positions = json.loads((model / "config.json").read_text()).get("max_position_embeddings", wanted + 2)
+    return min(wanted, positions - 2)
+
+
+def run_backend(
+    backend: Backend,
+    model: Path,
+    tasks: Sequence[Task],
+    dtype: str,
+    max_length: int,
+    limit: int | None = None,
+    output: Path | None = None,
+) -> dict[str, Any]:
+    """Runs the tasks on one backend in a new process; returns what `lm_eval_run.run` does.
+
+    Args:
+        dtype: of the arithmetic: "bfloat16", "float16" or "float32".
+        max_length: see `context_of`.
+        limit: only this many questions of each task.
+        output: a folder for lm-eval's own JSON and samples.
 
     Raises:
-        EvalError: vLLM or lm-eval is not installed, or the run failed.
+        EvalError: the run failed.
     """
-    require_package("lm_eval", "run `pip install 'rowint8[eval]'`")
-    require_package("vllm", "run `pip install 'rowint8[vllm]'`")
-    model_args = {
-        "pretrained": str(model.resolve()),
-        "dtype": dtype,
-        "quantization": SETUPS[setup],
-        "max_model_len": MAX_MODEL_LEN,
-        "enforce_eager": True,
+    name, arguments = _lm_eval_model(backend, dtype, max_length)
+    request = {
+        "model": name,
+        "model_args": {"pretrained": str(model.resolve()), "dtype": dtype, **arguments},
+        "tasks": tasks,
+        "limit": limit,
+        "output": str(output.resolve()) if output else None,
     }
-    request = json.dumps({"model": "vllm", "model_args": model_args, "limit": limit})
+    environment = _environment(hub=any(isinstance(task, str) for task in tasks))
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result.json"
-        run_quietly([sys.executable, "-m", "rowint8.eval.lm_eval_run", str(result)], _environment(), request)
+        run_quietly([sys.executable, "-m", "rowint8.eval.lm_eval_run", str(result)], environment, json.dumps(request))
         return json.loads(result.read_text())
 
 
-def _environment() -> dict[str, str]:
-    """One engine in the worker's own process, with all cores: nothing is served meanwhile."""
+def _lm_eval_model(backend: Backend, dtype: str, max_length: int) -> tuple[str, dict[str, Any]]:
+    """lm-eval's name of the backend, and the arguments of its own."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    quantization = "rowint8" if backend.setup == "rowint8" else None
+    match backend.engine:
+        case "transformers":
+            # Logits of a batch are held whole; like the others it takes their logarithms in fp32.
+            device = "cuda" if cuda else "cpu"
+            return "hf", {"max_length": max_length, "device": device, "batch_size": 8, "softmax_dtype": "float32"}
+        case "baseline":
+            mode = "graph" if cuda else "eager"
+            return "baseline", {"max_length": max_length, "quantization": quantization or "none", "mode": mode}
+        case "vllm":
+            return "vllm", {"max_model_len": max_length + 2, "quantization": quantization, "enforce_eager": True}
+
+
+def _environment(hub: bool) -> dict[str, str]:
+    """Of a worker: one engine in its own process, with all cores. The network is for data from the hub only."""
     import torch
 
     settings = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "DISABLE_MULTIPROC": "1",  # lm-eval would fork a process that uses a GPU, to resample standard errors
     }
-    return {**settings, **vllm_environment()}
+    environment = {**settings, **vllm_environment()}
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        if hub and name not in os.environ:
+            del environment[name]
+    return environment
 
 
-def quality_rows(runs: dict[str, dict[str, Any]], dtype: str) -> tuple[QualityRow, ...]:
-    """Rows of both setups from what `run_setup` returned for each of SETUPS."""
-    base_name, other_name = SETUPS
-    rows = [_row(base_name, metric, dtype, runs[base_name]) for metric in METRICS]
-    for metric in METRICS:
-        paired = paired_difference(_values(runs[base_name], metric), _values(runs[other_name], metric))
-        rows.append(_row(other_name, metric, dtype, runs[other_name], paired))
-    return tuple(rows)
-
-
-def _values(run: dict[str, Any], metric: str) -> list[float]:
-    return [sample[metric] for sample in run["samples"]]
+def quality_rows(
+    backend: Backend, dtype: str, run: dict[str, Any], base: dict[str, Any] | None
+) -> tuple[QualityRow, ...]:
+    """A row for each metric of each task, from what `run_backend` returned; `base` is what the run is compared with."""
+    return tuple(
+        _row(backend, dtype, task, name, measured, base["tasks"][task]["metrics"][name] if base else None)
+        for task, measured in run["tasks"].items()
+        for name in measured["metrics"]
+    )
 
 
 def _row(
-    setup: str, metric: str, dtype: str, run: dict[str, Any], paired: PairedDifference | None = None
+    backend: Backend, dtype: str, task: str, name: str, measured: dict[str, Any], base: dict[str, Any] | None
 ) -> QualityRow:
-    """acc and acc_norm are lm-eval's own numbers; logprob is averaged here."""
-    reported = run["metrics"]
-    if metric in reported:
-        value, stderr = reported[metric], reported[f"{metric}_stderr"]
-    else:
-        value, stderr = mean_and_stderr(_values(run, metric))
-    flips = paired is not None and metric != "logprob"
+    """Values and standard errors are lm-eval's own, as far as it gives them."""
+    found = measured["metrics"][name]
+    items, stderr = _items(name, found), found["stderr"]
+    base_items = _items(name, base) if base else None
+    pair = paired.paired_difference(_metric(name), base_items, items) if base_items and items else None
+    if stderr is None and items:
+        stderr = paired.standard_error(_metric(name), items)
     return QualityRow(
-        engine="vllm",
-        setup=setup,
-        task=TASK,
-        metric=metric,
+        engine=backend.engine,
+        setup=backend.setup,
+        task=task,
+        metric=name,
         dtype=dtype,
-        questions=len(run["samples"]),
-        value=value,
+        questions=measured["documents"],
+        value=found["value"],
         stderr=stderr,
-        difference=paired.mean if paired else None,
-        difference_stderr=paired.stderr if paired else None,
-        gained=paired.gained if paired and flips else None,
-        lost=paired.lost if paired and flips else None,
+        difference=pair.difference if pair else None,
+        difference_stderr=pair.stderr if pair else None,
+        gained=pair.gained if pair else None,
+        lost=pair.lost if pair else None,
     )
 
 
-def quality_table(rows: Sequence[QualityRow]) -> Table:
-    """One line a metric: both setups, their paired difference and the answers that flipped."""
-    base_name, other_name = SETUPS
-    first = rows[0]
-    table = compact_table(
-        title=f"{first.task}: {first.questions} questions, arithmetic in {first.dtype}",
-        caption="± standard error; difference: paired, question by question; logprob: of the right answer",
-    )
-    for heading in ("metric", base_name, other_name, "difference", "gained / lost"):
-        table.add_column(heading, justify="left" if heading == "metric" else "right")
-    by_key = {(row.setup, row.metric): row for row in rows}
-    for metric in METRICS:
-        base, other = by_key[base_name, metric], by_key[other_name, metric]
-        table.add_row(
-            metric,
-            f"{base.value:.4f} ± {base.stderr:.4f}",
-            f"{other.value:.4f} ± {other.stderr:.4f}",
-            f"{other.difference:+.4f} ± {other.difference_stderr:.4f}",
-            "" if other.gained is None else f"{other.gained} / {other.lost}",
+def _metric(name: str) -> str:
+    return name.partition(",")[0]
+
+
+def _items(name: str, found: dict[str, Any]) -> list[paired.Item] | None:
+    """What the metric was made of; None where `paired` knows no way to make lm-eval's value of it."""
+    items = [paired.Item(*numbers) for numbers in found["items"] or []]
+    if not items or not math.isclose(paired.metric_value(_metric(name), items), found["value"], rel_tol=1e-6):
+        return None
+    return items
+
+
+def quality_tables(rows: Sequence[QualityRow]) -> list[Table]:
+    """One table a task: each metric on each backend, the paired difference from the first, the answers that flipped."""
+    ordered = sorted(rows, key=lambda row: (row.task, row.metric))  # stable: backends stay in their order
+    tables = []
+    for task, group in groupby(ordered, key=lambda row: row.task):
+        found = list(group)
+        table = compact_table(
+            title=f"{task}: {found[0].questions} questions, arithmetic in {found[0].dtype}",
+            caption=f"difference: paired, question by question, from {backend_name(found[0])}; flips: gained / lost",
         )
-    return table
+        table.add_column("metric", overflow="fold")
+        for heading in ("backend", "value", "difference", "flips"):
+            table.add_column(heading, justify="left" if heading == "backend" else "right", no_wrap=True)
+        for row in found:
+            flips = "" if row.gained is None else f"{row.gained} / {row.lost}"
+            table.add_row(row.metric, backend_name(row), value_text(row), difference_text(row), flips)
+        tables.append(table)
+    return tables
+
+
+def backend_name(row: QualityRow) -> str:
+    """As in BACKENDS."""
+    return row.engine if row.setup == "unquantized" else f"{row.engine}-{row.setup}"
+
+
+def value_text(row: QualityRow) -> str:
+    """The value and its standard error, where there is one."""
+    return f"{row.value:.4f}" + ("" if row.stderr is None else f" ± {row.stderr:.4f}")
+
+
+def difference_text(row: QualityRow) -> str:
+    """The paired difference and its standard error; empty where there is none."""
+    return "" if row.difference is None else f"{row.difference:+.4f} ± {row.difference_stderr or 0.0:.4f}"

@@ -15,6 +15,7 @@ from rowint8.eval import schema
 from rowint8.eval.errors import EvalError
 from rowint8.eval.markdown import TBD, fill, folded, number, table
 from rowint8.eval.plot_report import pictures
+from rowint8.eval.quality import backend_name, difference_text, value_text
 from rowint8.eval.report_checks import check_all, read_ceilings
 from rowint8.eval.report_kernels import compiler_table, kernel_section, limits, readme_table, tallies
 from rowint8.eval.report_memory import memory_section
@@ -202,18 +203,17 @@ def _quality(found: Found) -> str:
 
 
 def _quality_table(results: Results[QualityRow]) -> str:
-    heading = ["task", "metric", "setup", "arithmetic", "questions", "value", "paired difference", "gained", "lost"]
-    return table(heading, [_quality_cells(row) for row in results.rows])
+    """The backends of each metric of each task below one another, in the file's order."""
+    heading = ["task", "metric", "backend", "arithmetic", "questions", "value", "paired difference", "gained", "lost"]
+    cases = list(dict.fromkeys((row.task, row.metric) for row in results.rows))
+    ordered = sorted(results.rows, key=lambda row: cases.index((row.task, row.metric)))
+    return table(heading, [_quality_cells(row) for row in ordered])
 
 
 def _quality_cells(row: QualityRow) -> list[str]:
-    setup = [row.task, row.metric, f"{row.engine} {row.setup}", row.dtype, str(row.questions)]
+    case = [row.task, row.metric, backend_name(row), row.dtype, str(row.questions)]
     flips = ["" if count is None else str(count) for count in (row.gained, row.lost)]
-    return [*setup, f"{row.value:.4f} ± {row.stderr:.4f}", _difference(row), *flips]
-
-
-def _difference(row: QualityRow) -> str:
-    return "" if row.difference is None else f"{row.difference:+.4f} ± {row.difference_stderr or 0.0:.4f}"
+    return [*case, value_text(row), difference_text(row), *flips]
 
 
 def _fidelity_table(results: Results[FidelityRow]) -> str:
@@ -231,7 +231,7 @@ def _quality_line(results: Results[QualityRow] | None) -> str:
     if results is None:
         return TBD
     pairs = [(_plain(results, row), row) for row in results.rows if row.difference is not None]
-    told = [f"{row.metric} {plain:.4f} to {row.value:.4f} (paired {_difference(row)})" for plain, row in pairs]
+    told = [f"{row.metric} {plain:.4f} to {row.value:.4f} (paired {difference_text(row)})" for plain, row in pairs]
     last = results.rows[-1]
     return f"{last.questions} questions through vLLM, {last.dtype}: {'; '.join(told)}."
 

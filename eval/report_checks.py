@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
+from math import isclose
 
 from rowint8.eval.bench_table import limit_us, operations
 from rowint8.eval.errors import EvalError
@@ -65,8 +66,8 @@ def _problems(row, results: Results, read_tb_s: float | None) -> Iterator[str]:
         yield from _ordered("KL", row.kl_mean, row.kl_max)
     elif isinstance(row, AgreementRow) and row.agreed > row.tokens:
         yield f"{row.agreed} tokens agree of {row.tokens}"
-    elif isinstance(row, QualityRow) and row.metric.startswith("acc") and not 0 <= row.value <= 1:
-        yield f"{row.metric} is {row.value}, outside 0 to 1"
+    elif isinstance(row, QualityRow):
+        yield from _quality(row, results)
 
 
 def _kernel(row: KernelRow, ceilings: Ceilings | None) -> Iterator[str]:
@@ -101,6 +102,14 @@ def _serve(row: ServeRow) -> Iterator[str]:
         yield from _ordered(name, times["p50"], times["p99"])
     if row.goodput * row.output_tokens > row.tok_s * _TIME_SLACK:
         yield f"goodput {row.goodput:.2f}/s x {row.output_tokens} tokens is more than {row.tok_s:.0f} tok/s"
+
+
+def _quality(row: QualityRow, results: Results) -> Iterator[str]:
+    if row.metric.startswith(("acc", "exact_match")) and not 0 <= row.value <= 1:
+        yield f"{row.metric} is {row.value}, outside 0 to 1"
+    base = next(other for other in results.rows if (other.task, other.metric) == (row.task, row.metric))
+    if row.difference is not None and not isclose(row.value - base.value, row.difference, rel_tol=1e-4, abs_tol=1e-6):
+        yield f"{row.metric} is {row.value}, but the first setup's {base.value} and {row.difference:+}"
 
 
 def _ordered(name: str, *values: float) -> Iterator[str]:

@@ -90,14 +90,17 @@ class QualityRow:
     setup: Name
     task: Name
     metric: Name
-    """"acc", "acc_norm" (lm-eval's, in [0, 1]) or "logprob" (of the right answer, natural log, mean over questions)."""
+    """lm-eval's name, such as "acc" (in [0, 1]) or "word_perplexity", with ",filter" where there are several; or
+    "logprob": of the right answer among several, natural log, mean over questions."""
     dtype: Name
     """Of the arithmetic, such as "bfloat16"."""
     questions: Count
+    """Or documents."""
     value: float
-    stderr: NotNegative
+    stderr: NotNegative | None
+    """None where there is no way to tell, as for metrics that are not made of one number a question."""
     difference: float | None = None
-    """This setup minus the other, mean over the same questions; None in the rows of the other."""
+    """This setup minus the other, over the same questions; None in the rows of the other, and where stderr may be."""
     difference_stderr: NotNegative | None = None
     gained: Annotated[int, Field(ge=0)] | None = None
     """Questions that only this setup answers rightly; None where the metric has no right and wrong."""

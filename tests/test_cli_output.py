@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from rowint8.eval.cli_output import Kept
+from rowint8.eval.cli_output import Kept, save
 from rowint8.eval.errors import EvalError
 from rowint8.eval.schema import ServeRow, read_results
 
@@ -53,3 +53,12 @@ def test_nothing_is_appended_to_what_another_machine_measured(file):
 def test_appending_needs_a_file():
     with pytest.raises(EvalError, match="--append keeps the rows of a file; name it with --json"):
         Kept(None, ServeRow, True, ["rowint8"])
+
+
+def test_the_command_tells_no_places_of_this_machine(tmp_path, monkeypatch):
+    file = tmp_path / "serve.json"
+    arguments = ["--data", "../shared/data", "--model", "models/small", f"--text={tmp_path}/book.txt", "--limit=5"]
+    monkeypatch.setattr("sys.argv", ["/bin/rowint8", "quality", *arguments, "--json", str(file)])
+    save(file, [row("bf16")])
+    told = "rowint8 quality --data data --model models/small --text=book.txt --limit=5 --json serve.json"
+    assert read_results(file, ServeRow).command == told

@@ -42,6 +42,8 @@ def test_cli_imports_nothing_heavy():
         (("quality", "--model", "/nowhere"), "/nowhere is not a model folder"),
         (("demo", "--model", "/nowhere", "--no-vllm"), "/nowhere is not a model folder"),
         (("quality", "--dtype", "int3"), "accepted are bfloat16, float16 and float32"),
+        (("quality", "--backends", "vllm,hf"), "--backends has 'hf'; accepted are transformers, baseline, "),
+        (("quality", "--tasks", "piqa", "--data", "tests"), "with --data tests accepted are rowint8_basics"),
         (("demo-model", "--out", "/proc/version"), "not a whole model"),
         (("bench", "kernels", "--shapes", "o,up"), "--shapes has up; accepted are llama-3.1-8b, "),
         (("bench", "kernels", "--tokens", "1,x"), "--tokens has 'x'; give whole numbers above 0"),

@@ -1,6 +1,6 @@
-"""rowint8.eval.quality: the statistics against numbers worked out by hand, the task in lm-eval, one run in vLLM."""
+"""rowint8.eval.quality: rows and tables of made-up runs, errors, and one run of the command with real models."""
 
-import collections
+import importlib.util
 import io
 import json
 import math
@@ -9,148 +9,95 @@ import pytest
 from rich.console import Console
 
 from rowint8.eval.errors import EvalError
-from rowint8.eval.lm_eval_run import TASK, TASK_FOLDER, run_task, task_config
-from rowint8.eval.quality import (
-    mean_and_stderr,
-    paired_difference,
-    quality_rows,
-    quality_table,
-    run_setup,
-)
-
-QUESTIONS = [json.loads(line) for line in (TASK_FOLDER / f"{TASK}.jsonl").read_text().splitlines()]
+from rowint8.eval.paired import Item, metric_value
+from rowint8.eval.quality import BACKENDS, choose, context_of, quality_rows, quality_tables
+from rowint8.eval.schema import QualityRow, read_results
+from tests.test_cli_rowint8 import rowint8
 
 
-def run(acc, logprob):
-    samples = [{"acc": a, "acc_norm": a, "logprob": p} for a, p in zip(acc, logprob, strict=True)]
-    mean, stderr = mean_and_stderr(acc)
-    metrics = {"acc": mean, "acc_stderr": stderr, "acc_norm": mean, "acc_norm_stderr": stderr}
-    return {"metrics": metrics, "samples": samples}
+def metric(name, *items, stderr=None):
+    items = [Item(*part) if isinstance(part, tuple) else Item(float(part), 1.0) for part in items]
+    return {"value": metric_value(name, items), "stderr": stderr, "items": items}
 
 
-RUNS = {
-    "unquantized": run([1, 1, 0, 0], [-1.0, -2.0, -3.0, -4.0]),
-    "rowint8": run([1, 0, 1, 1], [-1.5, -2.0, -3.5, -4.0]),
-}
+def run(acc, logprob, pages):
+    text = {"word_perplexity": metric("word_perplexity", *pages)}
+    choice = {"acc": metric("acc", *acc, stderr=0.25), "logprob": metric("logprob", *logprob)}
+    return {"tasks": {"text": {"documents": 2, "metrics": text}, "choice": {"documents": 4, "metrics": choice}}}
 
 
-def test_mean_and_stderr_by_hand():
-    mean, stderr = mean_and_stderr([1, 2, 3, 4])
-    assert mean == 2.5
-    assert stderr == pytest.approx(math.sqrt(5 / 3) / 2)
+BASE = run([1, 1, 0, 0], [-1.0, -2.0, -3.0, -4.0], [(-30.0, 10), (-20.0, 10)])
+OTHER = run([1, 0, 1, 1], [-1.5, -2.0, -3.5, -4.0], [(-31.0, 10), (-20.5, 10)])
 
 
-def test_paired_difference_by_hand():
-    found = paired_difference([1, 1, 0, 0], [1, 0, 1, 1])
-    # differences 0, -1, 1, 1: mean 1/4, squared deviations 1/16 + 25/16 + 9/16 + 9/16 = 44/16, variance 11/12
-    assert found.mean == 0.25
-    assert found.stderr == pytest.approx(math.sqrt(11 / 12) / 2)
-    assert (found.gained, found.lost) == (2, 1)
+def rows_of(other=OTHER):
+    base = quality_rows(BACKENDS["transformers"], "float32", BASE, None)
+    return [*base, *quality_rows(BACKENDS["vllm-rowint8"], "float32", other, BASE)]
 
 
-def test_equal_setups_do_not_differ():
-    found = paired_difference([1, 0, 1], [1, 0, 1])
-    assert (found.mean, found.stderr, found.gained, found.lost) == (0, 0, 0, 0)
-
-
-def test_pairs_must_match():
-    with pytest.raises(ValueError, match="shorter"):
-        paired_difference([1, 0], [1])
-    with pytest.raises(ValueError, match="at least two values, got 1"):
-        paired_difference([1], [0])
-
-
-def test_rows_and_table():
-    rows = quality_rows(RUNS, "float32")
-    by_key = {(row.setup, row.metric): row for row in rows}
-    assert len(rows) == len(by_key) == 6
+def test_rows():
+    by_key = {(row.setup, row.metric): row for row in rows_of()}
+    assert len(by_key) == 6
     assert by_key["unquantized", "acc"].difference is None
     accuracy = by_key["rowint8", "acc"]
+    assert (accuracy.task, accuracy.questions, accuracy.engine, accuracy.stderr) == ("choice", 4, "vllm", 0.25)
     assert (accuracy.value, accuracy.difference, accuracy.gained, accuracy.lost) == (0.75, 0.25, 2, 1)
     logprob = by_key["rowint8", "logprob"]
-    assert (logprob.value, logprob.difference) == (-2.75, -0.25)
+    assert (logprob.value, logprob.difference, logprob.gained) == (-2.75, -0.25, None)
     assert logprob.difference_stderr == pytest.approx(math.sqrt(0.25 / 3) / 2)
-    assert logprob.gained is None
+    assert logprob.stderr == pytest.approx(math.sqrt((1.25**2 + 0.75**2 + 0.75**2 + 1.25**2) / 3) / 2)
+    words = by_key["rowint8", "word_perplexity"]
+    assert words.difference == pytest.approx(math.exp(51.5 / 20) - math.exp(50 / 20))
+    # without either page: exp(2.05) - exp(2.0) and exp(3.1) - exp(3.0); two values stray by half their distance
+    distance = (math.exp(3.1) - math.exp(3.0)) - (math.exp(2.05) - math.exp(2.0))
+    assert words.difference_stderr == pytest.approx(distance / 2)
+
+
+def test_no_difference_where_the_metric_is_made_in_another_way():
+    other = run([1, 0, 1, 1], [-1.5, -2.0, -3.5, -4.0], [(-31.0, 10), (-20.5, 10)])
+    other["tasks"]["choice"]["metrics"]["acc"]["value"] = 0.8
+    other["tasks"]["choice"]["metrics"]["logprob"]["items"] = None
+    for row in rows_of(other)[-2:]:
+        assert (row.difference, row.difference_stderr, row.gained, row.lost) == (None,) * 4
+    assert rows_of(other)[-1].stderr is None
+
+
+def test_tables():
     console = Console(file=io.StringIO(), width=80)
-    console.print(quality_table(rows))
+    for table in quality_tables(rows_of()):
+        console.print(table)
     drawn = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
-    assert "0.7500 ± 0.2500" in drawn
-    assert "+0.2500 ± 0.4787" in drawn
-    assert "2 / 1" in drawn
+    assert drawn.index("choice: 4 questions, arithmetic in float32") < drawn.index("text: 2 questions")
+    (line,) = [line.split() for line in drawn.splitlines() if "vllm-rowint8" in line and "acc" in line]
+    assert " ".join(line) == "acc vllm-rowint8 0.7500 ± 0.2500 +0.2500 ± 0.4787 2 / 1"
+    assert "from transformers" in drawn
 
 
-def test_questions_are_sound():
-    contexts = [question["context"] for question in QUESTIONS]
-    assert len(contexts) == len(set(contexts)) == 200
-    for question in QUESTIONS:
-        assert len(set(question["choices"])) == len(question["choices"]) >= 2
-        assert question["choices"][question["answer"]]
-        assert not question["context"].endswith(" ")
-    positions = collections.Counter(question["answer"] for question in QUESTIONS)
-    assert max(positions.values()) < 0.5 * len(QUESTIONS), "always choosing one position must not look good"
+def test_context_leaves_vllm_its_two_tokens(tmp_path):
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 512}')
+    assert (context_of(tmp_path, 1024), context_of(tmp_path, 100)) == (510, 100)
 
 
-def oracle(margin: float):
-    """An lm-eval model that gives each right answer `margin` more log-probability than the wrong ones."""
-    from lm_eval.api.model import LM
-
-    right = {(question["context"], " " + question["choices"][question["answer"]]) for question in QUESTIONS}
-
-    class Oracle(LM):
-        def loglikelihood(self, requests):
-            return [(-2.0 + margin * (request.args in right), False) for request in requests]
-
-        def loglikelihood_rolling(self, requests):
-            raise NotImplementedError
-
-        def generate_until(self, requests):
-            raise NotImplementedError
-
-    return Oracle()
-
-
-@pytest.fixture
-def elsewhere(tmp_path, monkeypatch):
-    """Another working directory, where a relative data path would not be found, and no network."""
-    monkeypatch.chdir(tmp_path)
-    for module in ("datasets.config", "huggingface_hub.constants"):
-        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
-
-
-def test_task_in_lm_eval_right_and_wrong(elsewhere):
-    right = run_task(oracle(+1.0), None, limit=None)
-    assert right["metrics"]["acc"] == 1.0
-    assert len(right["samples"]) == 200
-    assert {sample["logprob"] for sample in right["samples"]} == {-1.0}
-    wrong = run_task(oracle(-1.0), None, limit=None)
-    assert wrong["metrics"]["acc"] == 0.0
-    assert {sample["logprob"] for sample in wrong["samples"]} == {-3.0}
-
-
-def test_lm_eval_agrees_with_our_standard_error(elsewhere):
-    found = run_task("dummy", None, limit=50)
-    mean, stderr = mean_and_stderr([sample["acc"] for sample in found["samples"]])
-    assert found["metrics"]["acc"] == pytest.approx(mean)
-    assert found["metrics"]["acc_stderr"] == pytest.approx(stderr)
-
-
-def test_data_path_is_absolute():
-    (path,) = task_config()["dataset_kwargs"]["data_files"].values()
-    assert path == str(TASK_FOLDER / f"{TASK}.jsonl")
-    assert path.startswith("/")
-
-
-def test_missing_vllm_is_one_line(monkeypatch, tmp_path):
-    import importlib.util
-
+def test_backends_are_checked_before_anything_runs(monkeypatch):
+    assert list(choose("vllm, baseline")) == ["vllm", "baseline"]
+    with pytest.raises(EvalError, match=f"--backends has 'hf', ''; accepted are {', '.join(BACKENDS)}"):
+        choose("hf,vllm,")
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else found(name))
-    with pytest.raises(EvalError, match=r"vllm is not installed; run `pip install 'rowint8\[vllm\]'`"):
-        run_setup(tmp_path, "rowint8", "float32", None)
+    with pytest.raises(EvalError, match=r"vllm is not installed; run `pip install 'rowint8\[vllm\]'` or leave vllm-"):
+        choose("baseline,vllm-rowint8")
 
 
 @pytest.mark.vllm
-def test_rowint8_in_the_real_vllm(smollm2):
-    found = run_setup(smollm2, "rowint8", "float32", limit=20)
-    assert len(found["samples"]) == 20
-    assert found["metrics"]["acc"] >= 0.7, "by chance it would be at most 0.5"
+def test_command_compares_backends(smollm2, tmp_path):
+    file = tmp_path / "quality.json"
+    backends = "baseline-rowint8,vllm-rowint8"
+    done = rowint8("quality", "--model", smollm2, "--backends", backends, "--limit", "20", "--json", file)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("|rowint8_basics|") == 2, "lm-eval's own tables"
+    results = read_results(file, QualityRow)
+    by_key = {(row.engine, row.metric): row for row in results.rows}
+    assert len(by_key) == len(results.rows) == 6
+    assert by_key["baseline", "acc"].value >= 0.7, "by chance it would be at most 0.5"
+    assert abs(by_key["vllm", "logprob"].difference) < 1e-3, "the same INT8 weights in two engines"
+    assert json.loads(file.read_text())["rows"][0]["questions"] == 20

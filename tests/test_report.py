@@ -187,6 +187,7 @@ def test_new_files_are_picked_up_by_the_keys_of_their_rows(tmp_path):
         (replace(FIDELITY, kl_median=0.2), "KL: 0.2, 0.1, 0.5 should not fall"),
         (replace(AGREEMENT, agreed=33), "33 tokens agree of 32"),
         (replace(QUALITY, value=1.5), "acc is 1.5, outside 0 to 1"),
+        (replace(QUALITY, difference=0.2), r"acc is 0.5, but the first setup's 0.5 and \+0.2"),
     ],
 )
 def test_what_cannot_be_stops_the_report(tmp_path, row, message):
@@ -197,6 +198,22 @@ def test_what_cannot_be_stops_the_report(tmp_path, row, message):
         read_folder(tmp_path)
     assert str(stopped.value).startswith("other.json: rows.1: ")
     assert "\n" not in str(stopped.value)
+
+
+def test_backends_of_a_metric_stand_below_one_another(tmp_path):
+    rows = [replace(QUALITY, setup="unquantized", metric=metric) for metric in ("acc", "word_perplexity")]
+    pair = dict(value=0.75, difference=0.25, difference_stderr=0.125)
+    rows += [replace(rows[0], setup="rowint8", gained=3, lost=1, **pair), replace(rows[1], stderr=None, **pair)]
+    write(tmp_path, "quality-suite", *rows)
+    lines = section(report(read_folder(tmp_path)), "### quality-suite").strip().splitlines()[2:]
+    found = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    assert [line[1:3] for line in found] == [
+        ["acc", "vllm"],
+        ["acc", "vllm-rowint8"],
+        *[["word_perplexity", "vllm"]] * 2,
+    ]
+    assert found[1][5:] == ["0.7500 ± 0.1000", "+0.2500 ± 0.1250", "3", "1"]
+    assert [part.strip() for part in found[3][5:7]] == ["0.7500", "+0.2500 ± 0.1250"]
 
 
 def test_weights_that_fit_the_cache_may_be_read_faster(tmp_path):
