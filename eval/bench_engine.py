@@ -1,4 +1,4 @@
-"""Speed and memory of the small engine, rung by rung, and of vLLM beside it on the same requests.
+"""Speed and memory of the small engine, rung by rung, and of another engine beside it on the same requests.
 
 Every setup runs in a process of its own (`bench_engine_worker`). The ladder: plain torch, torch.compile, CUDA graphs,
 INT8 weights, INT8 with SwiGLU and norms fused; each rung keeps what the one before it has. Requests of a workload are
@@ -45,7 +45,8 @@ class Setup:
 
 
 def setups(gpu: bool) -> dict[str, Setup]:
-    """The rungs in order, then vLLM's. On the CPU there are no graphs, and vLLM is left out."""
+    """The rungs in order, then vLLM's. On the CPU there are no graphs, and Hugging Face's `generate` is in vLLM's place,
+    which takes requests of one size only: no throughput workload."""
     best = "graph" if gpu else "compile"
     rungs = {
         "bf16-eager": {"mode": "eager"},
@@ -57,8 +58,13 @@ def setups(gpu: bool) -> dict[str, Setup]:
     }
     found = {name: Setup("baseline", arguments) for name, arguments in rungs.items()}
     if gpu:
-        found |= {"vllm-bf16": Setup("vllm", {}), "vllm-rowint8": Setup("vllm", dict(_INT8))}
-    return found
+        return found | {"vllm-bf16": Setup("vllm", {}), "vllm-rowint8": Setup("vllm", dict(_INT8))}
+    return found | {"transformers-bf16": Setup("transformers", {})}
+
+
+def row_setup(name: str) -> str:
+    """What a setup is called in a row, which has the engine's name besides."""
+    return name.removeprefix("vllm-").removeprefix("transformers-")
 
 
 @dataclass(frozen=True)
@@ -95,17 +101,26 @@ def run_setup(setup: Setup, folder: Path, dummy: bool, workloads: Sequence[Reque
     Raises:
         EvalError: it failed; the message holds the end of its log.
     """
-    request = {
-        "engine": setup.engine,
-        "arguments": _arguments(setup, folder, dummy, workloads),
-        "dummy": dummy,
-        "workloads": [_workload(each, repeats) for each in workloads],
-    }
+    request = {"dummy": dummy, "workloads": [_workload(each, repeats) for each in workloads]}
+    return run_worker("bench_engine_worker", setup, engine_arguments(setup, folder, dummy, workloads), request)
+
+
+def run_worker(module: str, setup: Setup, arguments: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
+    """Runs a module of `rowint8.eval` that starts the setup's engine; the object in the last line of its stdout.
+
+    Args:
+        arguments: what `engine_arguments` gives.
+        request: what else the module reads on its stdin.
+
+    Raises:
+        EvalError: it failed; the message holds the end of its log.
+    """
     environment = dict(os.environ)
     if setup.engine == "vllm":
         environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **vllm_environment()}
-    command = [sys.executable, "-m", "rowint8.eval.bench_engine_worker"]
-    return json.loads(run_quietly(command, environment, json.dumps(request)).strip().splitlines()[-1])
+    stdin = json.dumps({"engine": setup.engine, "arguments": arguments, **request})
+    command = [sys.executable, "-m", f"rowint8.eval.{module}"]
+    return json.loads(run_quietly(command, environment, stdin).strip().splitlines()[-1])
 
 
 def _workload(requests: Requests, repeats: int) -> dict[str, Any]:
@@ -113,7 +128,7 @@ def _workload(requests: Requests, repeats: int) -> dict[str, Any]:
     return {"prompts": requests.prompts, "outputs": requests.outputs, **runs}
 
 
-def _arguments(setup: Setup, folder: Path, dummy: bool, workloads: Sequence[Requests]) -> dict[str, Any]:
+def engine_arguments(setup: Setup, folder: Path, dummy: bool, workloads: Sequence[Requests]) -> dict[str, Any]:
     """What both engines are told alike: context, sequences and tokens at a time, share of the GPU's memory."""
     context = max(each.longest for each in workloads)
     sequences = max(len(each.prompts) for each in workloads)
@@ -121,6 +136,8 @@ def _arguments(setup: Setup, folder: Path, dummy: bool, workloads: Sequence[Requ
     if setup.engine == "baseline":
         limits = {"max_context": context, "max_seqs": sequences, "max_batch_tokens": MAX_BATCHED_TOKENS}
         return {**common, **limits, "memory_fraction": GPU_MEMORY_UTILIZATION, **setup.arguments}
+    if setup.engine == "transformers":
+        return common
     limits = {"max_model_len": context, "max_num_seqs": sequences, "max_num_batched_tokens": MAX_BATCHED_TOKENS}
     loading = {"load_format": "dummy"} if dummy else {}
     return {**common, **limits, "gpu_memory_utilization": GPU_MEMORY_UTILIZATION, **loading, **setup.arguments}
@@ -142,8 +159,8 @@ def _row(name: str, engine: str, requests: Requests, run: dict[str, Any], result
     last = run["repeats"][-1]
     ours = engine == "baseline"
     return EngineRow(
-        engine="baseline" if ours else "vllm",
-        setup=name.removeprefix("vllm-"),
+        engine=engine,
+        setup=row_setup(name),
         batch=len(requests.prompts),
         prompt_tokens=round(statistics.fmean(map(len, requests.prompts))),
         output_tokens=round(statistics.fmean(requests.outputs)),
@@ -188,7 +205,7 @@ def ladder_table(rows: Sequence[EngineRow]) -> Table:
         for before, row in zip([same[0], *same], same, strict=False):
             table.add_row(
                 "x".join(map(str, workload)) if row is same[0] else "",
-                row.setup if row.engine == "baseline" else f"vLLM {row.setup}",
+                row.setup if row.engine == "baseline" else f"{row.engine} {row.setup}",
                 *(f"{value:.2f}" if value is not None else "-" for value in (row.ttft_ms, row.tpot_ms)),
                 f"{row.tok_s:.1f}",
                 *(f"{speedup(1 / base.tok_s, 1 / row.tok_s):.2f}" for base in (before, same[0])),

@@ -1,6 +1,6 @@
 """One engine, started and measured in this process: `python -m rowint8.eval.bench_engine_worker < request`.
 
-The request on stdin is {"engine": "baseline" or "vllm", "arguments": those of `EngineConfig` or `vllm.LLM`, "dummy":
+The request on stdin is {"engine": "baseline", "vllm" or "transformers", "arguments": of the engine, "dummy":
 whether the weights are random, "workloads": [{"prompts": token ids of each, "outputs": tokens to generate after each,
 "unmeasured": runs that do not count, "repeats": runs that do}]}. The last line of stdout is JSON: {"start_s",
 "weights", "runs": [{"repeats": [...], "peak_mem"}]}, in bytes and seconds; a repeat is {"start", "token_times"} and, of
@@ -20,7 +20,8 @@ Generate = Callable[[list[list[int]], list[int]], dict[str, Any]]
 def bench(engine: str, workloads: list[dict], **how: Any) -> dict[str, Any]:
     """Starts the engine, then runs each workload as often as it says."""
     start = time.perf_counter()
-    generate, read_memory = (start_baseline if engine == "baseline" else start_vllm)(**how)
+    starts = {"baseline": start_baseline, "vllm": start_vllm, "transformers": start_transformers}
+    generate, read_memory = starts[engine](**how)
     result: dict[str, Any] = {"start_s": time.perf_counter() - start, "runs": []}
     for workload in workloads:
         runs = range(workload["unmeasured"] + workload["repeats"])
@@ -77,6 +78,47 @@ def random_model(config: Any) -> Any:
         weight = torch.ones(slot.shape, dtype=form.dtype, device=device)
         slot.load(weight.normal_(std=slot.shape[-1] ** -0.5) if len(slot.shape) == 2 else weight)
     return model
+
+
+def start_transformers(arguments: dict[str, Any], dummy: bool) -> tuple[Generate, Callable[[], tuple[int, int]]]:
+    """Hugging Face's `generate`, for requests of one size; functions as those of `start_baseline`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.generation.streamers import BaseStreamer
+
+    from rowint8.baseline_engine.metrics import PeakMemory
+
+    folder, dtype = arguments["model"], getattr(torch, arguments["dtype"])
+    if dummy:
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype).eval()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    peak = PeakMemory(model.device)
+
+    class Clock(BaseStreamer):
+        """Notes when each step's tokens come; the first call brings the prompts."""
+
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def put(self, value: Any) -> None:
+            self.times.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    def generate(prompts: list[list[int]], outputs: list[int]) -> dict[str, Any]:
+        (count,), clock, start = set(outputs), Clock(), time.perf_counter()
+        peak.reset()
+        ids = torch.tensor(prompts)
+        length: dict[str, Any] = dict(max_new_tokens=count, min_new_tokens=count, do_sample=False)
+        model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, streamer=clock, **length)
+        return {"start": start, "token_times": [clock.times[1:]] * len(prompts)}
+
+    def read_memory() -> tuple[int, int]:
+        return sum(parameter.nbytes for parameter in model.parameters()), peak.read()
+
+    return generate, read_memory
 
 
 def start_vllm(arguments: dict[str, Any], dummy: bool) -> tuple[Generate, Callable[[], tuple[int, int]]]:

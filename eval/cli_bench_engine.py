@@ -15,7 +15,7 @@ def bench_engine(
         Optional[str],  # noqa: UP045
         typer.Option(
             help="Comma-separated: bf16-eager, bf16-compile, bf16-graph, int8, int8-fused, int8-fused-lm-head, "
-            "vllm-bf16, vllm-rowint8. Default: all that run here."
+            "vllm-bf16, vllm-rowint8 (GPU), transformers-bf16 (CPU). Default: all that run here."
         ),
     ] = None,
     model: Annotated[Optional[Path], typer.Option(help="A model folder, instead of random weights.")] = None,  # noqa: UP045
@@ -35,7 +35,7 @@ def bench_engine(
     json_file: Json = None,
     append: Append = False,
 ) -> None:
-    """Time the small engine, rung by rung, and vLLM beside it, each setup in a process of its own.
+    """Time the small engine, rung by rung, and vLLM (on a CPU transformers) beside it, each in a process of its own.
 
     Example: rowint8 bench engine --sequences 256 --json engine.json
     """
@@ -52,7 +52,7 @@ def bench_engine(
     sizes = parse_workloads(workloads or job.DEFAULT_WORKLOADS)
     if warning := busy_warning():
         err.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
-    kept = Kept(json_file, EngineRow, append, [name.removeprefix("vllm-") for name in names])
+    kept = Kept(json_file, EngineRow, append, map(job.row_setup, names))
     failed = []
     with model_folder(model, config, layers) as (folder, loading):
         vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]

@@ -185,6 +185,50 @@ class EngineRow(GenerationRow):
 
 
 @dataclass(frozen=True, kw_only=True, config=_CHECKED)
+class ProfileRow:
+    """Where the time of one decode step goes: one token for each of `batch` requests."""
+
+    engine: EngineName
+    setup: Name
+    sampling: Name
+    """"greedy" or "top-p"."""
+    batch: Count
+    context: Count
+    """Tokens that each request attends to, mean over the steps, rounded."""
+    steps: Count
+    """That count, with and without the profiler."""
+    step_ms: Positive
+    """Wall time of a step without the profiler."""
+    profiled_ms: Positive
+    """With it."""
+    parts_ms: dict[Name, NotNegative]
+    """Milliseconds a step of each of `kernel_parts.PARTS`. They add up to step_ms, on the CPU to profiled_ms; on CUDA
+    to more where the profiler found the device busy for longer than step_ms."""
+    longest_ms: dict[Name, NotNegative]
+    """ "PART: NAME" of the kernels or operators that took most, to milliseconds a step."""
+    launches: Positive
+    """Kernels, copies and fills a step; on the CPU operators."""
+    host_ms: dict[Name, NotNegative] | None
+    """The host's part of a step_ms: "schedule", "launch", "wait" (for the device), "record"; "detokenize", which is in
+    record, where there is a tokenizer. On the CPU launch is the computation too. None for vLLM, as are the next three."""
+    served_ms: Positive | None
+    """A step where each request is a coroutine of `AsyncEngine`."""
+    padding: Annotated[float, Field(ge=0, le=1)] | None
+    """Share of the rows that a step computes, in a CUDA graph, for no request."""
+    kv_waste: Annotated[float, Field(ge=0, le=1)] | None
+    """As in `EngineRow`."""
+    attention: Name | None
+    """As in `EngineRow`."""
+    weight_bytes: Count
+    """All weights but an embedding that is no output layer: what a step must read."""
+    kv_bytes: Count
+    """Keys and values that the requests attend to."""
+    limit_ms: dict[Name, NotNegative] | None
+    """Least time to read "weights" and "kv" once, at the rate that this card reached in the same process; None on the
+    CPU."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_CHECKED)
 class ServeRow:
     """One setup of `vllm serve` under requests that arrive at random (Poisson), measured by `vllm bench serve`."""
 

@@ -1,5 +1,7 @@
 """`rowint8 bench engine`: its arithmetic on made-up times, and the whole command on a tiny model."""
 
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
@@ -47,23 +49,29 @@ def test_the_throughput_workload_is_fixed_and_spread():
 
 
 def test_both_engines_get_the_same_limits():
-    arguments = {name: job._arguments(setup, "m", True, [REQUESTS]) for name, setup in job.setups(gpu=True).items()}
+    arguments = {
+        name: job.engine_arguments(setup, "m", True, [REQUESTS]) for name, setup in job.setups(gpu=True).items()
+    }
     assert {each.get("max_context") or each["max_model_len"] for each in arguments.values()} == {7}
     assert {each.get("max_seqs") or each["max_num_seqs"] for each in arguments.values()} == {2}
     assert {each.get("memory_fraction") or each["gpu_memory_utilization"] for each in arguments.values()} == {0.9}
-    assert not any(setup.engine == "vllm" for setup in job.setups(gpu=False).values())
+    assert {setup.engine for setup in job.setups(gpu=False).values()} == {"baseline", "transformers"}
 
 
 def test_the_command_on_a_tiny_model(tmp_path):
     file = tmp_path / "engine.json"
-    options = ["--config", "tiny", "--setups", "bf16-eager,int8-fused", "--workloads", "1x8x3,3x8x3", "--repeats", "2"]
+    setups = "bf16-eager,int8-fused,transformers-bf16"
+    options = ["--config", "tiny", "--setups", setups, "--workloads", "1x8x3,3x8x3", "--repeats=2"]
     result = CliRunner().invoke(app, ["bench", "engine", *options, "--json", str(file)])
     assert result.exit_code == 0, result.output
     rows = read_results(file, EngineRow).rows
-    assert [(row.setup, row.batch) for row in rows] == [
-        (setup, batch) for setup in ("bf16-eager", "int8-fused") for batch in (1, 3)
+    assert [(row.engine, row.setup, row.batch) for row in rows] == [
+        (*setup, batch)
+        for setup in (("baseline", "bf16-eager"), ("baseline", "int8-fused"), ("transformers", "bf16"))
+        for batch in (1, 3)
     ]
-    assert all(row.repeats == 2 and row.tok_s > 0 and row.attention for row in rows)
+    assert all(row.repeats == 2 and row.tok_s > 0 for row in rows)
+    assert all(row.attention for row in rows[:4])
     assert rows[2].weights_gib < rows[0].weights_gib
     bad = CliRunner().invoke(app, ["bench", "engine", "--setups", "int3"])
     assert bad.exit_code != 0
