@@ -45,8 +45,8 @@ class Setup:
 
 
 def setups(gpu: bool) -> dict[str, Setup]:
-    """The rungs in order, then vLLM's. On the CPU there are no graphs, and Hugging Face's `generate` is in vLLM's place,
-    which takes requests of one size only: no throughput workload."""
+    """The rungs in order, then vLLM's. On the CPU there are no graphs, and in vLLM's place stands Hugging Face's
+    `generate`, which takes requests of one size only: no throughput workload."""
     best = "graph" if gpu else "compile"
     rungs = {
         "bf16-eager": {"mode": "eager"},

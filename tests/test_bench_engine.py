@@ -49,9 +49,8 @@ def test_the_throughput_workload_is_fixed_and_spread():
 
 
 def test_both_engines_get_the_same_limits():
-    arguments = {
-        name: job.engine_arguments(setup, "m", True, [REQUESTS]) for name, setup in job.setups(gpu=True).items()
-    }
+    given = Path("m"), True, [REQUESTS]
+    arguments = {name: job.engine_arguments(setup, *given) for name, setup in job.setups(gpu=True).items()}
     assert {each.get("max_context") or each["max_model_len"] for each in arguments.values()} == {7}
     assert {each.get("max_seqs") or each["max_num_seqs"] for each in arguments.values()} == {2}
     assert {each.get("memory_fraction") or each["gpu_memory_utilization"] for each in arguments.values()} == {0.9}
