@@ -120,9 +120,9 @@ def _lm_eval_model(backend: Backend, dtype: str, max_length: int) -> tuple[str, 
     quantization = "rowint8" if backend.setup == "rowint8" else None
     match backend.engine:
         case "transformers":
-            # Logits of a batch are held whole; like the others it takes their logarithms in fp32.
-            device = "cuda" if cuda else "cpu"
-            return "hf", {"max_length": max_length, "device": device, "batch_size": 8, "softmax_dtype": "float32"}
+            # It holds the logits of a whole batch; their logarithms are taken in fp32, as the others do.
+            where = {"device": "cuda", "batch_size": 32} if cuda else {"device": "cpu", "batch_size": 8}
+            return "hf", {"max_length": max_length, "softmax_dtype": "float32", **where}
         case "baseline":
             mode = "graph" if cuda else "eager"
             return "baseline", {"max_length": max_length, "quantization": quantization or "none", "mode": mode}
