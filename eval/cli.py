@@ -13,6 +13,7 @@ import typer
 
 from rowint8.eval.cli_bench import bench
 from rowint8.eval.cli_output import Json, err, out, write
+from rowint8.eval.cli_profile import profile
 from rowint8.eval.cli_quality import agreement, existing_model, fidelity, quality
 from rowint8.eval.cli_report import report
 from rowint8.eval.cli_tune import tune
@@ -30,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench, name="bench")
+app.command("profile")(profile)
 app.command("quality")(quality)
 app.command("fidelity")(fidelity)
 app.command("agreement")(agreement)

@@ -15,10 +15,12 @@ from rowint8.eval import schema
 from rowint8.eval.errors import EvalError
 from rowint8.eval.markdown import TBD, fill, folded, number, table
 from rowint8.eval.plot_report import pictures
-from rowint8.eval.quality import backend_name, difference_text, value_text
+from rowint8.eval.profile_tables import profile_section
 from rowint8.eval.report_checks import check_all, read_ceilings
-from rowint8.eval.report_kernels import compiler_table, kernel_section, limits, readme_table, tallies
+from rowint8.eval.report_kernels import compiler_table, kernel_section, limits, short_table, tallies
 from rowint8.eval.report_memory import memory_section
+from rowint8.eval.report_quality import fidelity_line, fidelity_table, quality_line, quality_table
+from rowint8.eval.report_vllm import vllm_table
 from rowint8.eval.schema import (
     GIB,
     AgreementRow,
@@ -26,6 +28,7 @@ from rowint8.eval.schema import (
     FidelityRow,
     GenerationRow,
     KernelRow,
+    ProfileRow,
     QualityRow,
     Results,
     ServeRow,
@@ -83,13 +86,15 @@ def parts(found: Found) -> dict[str, str]:
     """The generated parts of other documents by the names in their markers."""
     kernels = found.get("kernels-h100")
     return {
-        "kernels": f"{readme_table(kernels)}\n{tallies(_of_kind(found, KernelRow))}",
-        "demo": _engine_chapter(found.get("demo-cpu"), _OURS),
-        "quality": _quality_line(found.get("quality-cpu")),
+        "kernels": f"{short_table(kernels)}\n{tallies(_of_kind(found, KernelRow))}",
+        "quality": quality_line(found.get("quality-cpu")),
         "agreement": _agreement_line(found),
         "limits": limits(kernels),
         "compiler": compiler_table(found.get("kernels-compile-h100")),
         "gaps": _gaps(found),
+        "vllm": vllm_table(found.get("vllm-h100")),
+        "fidelity": fidelity_line(found.get("fidelity-smollm2")),
+        "profile": _profile(found.get("profile-h100")),
     }
 
 
@@ -100,6 +105,7 @@ def report(found: Found) -> str:
         "Whole engines": _engines(found),
         "Prompt processing and token generation": _pp_tg(found),
         "Serving under load": _serving(found),
+        "Where a decode step's time goes": _chapters(found, ProfileRow, _profile, "profile-h100"),
         "Kernels": "\n".join([tallies(kernels), _chapters(found, KernelRow, kernel_section, "kernels-h100")]),
         "Memory": memory_section(read_ceilings(found)),
         "Quality": _quality(found),
@@ -197,47 +203,13 @@ def _serving(found: Found) -> str:
     return table(heading, lines or [["serve-h100", *[TBD] * 10]])
 
 
+def _profile(results: Results[ProfileRow] | None) -> str:
+    return f"{results.environment.device}\n\n{profile_section(results.rows)}" if results else TBD
+
+
 def _quality(found: Found) -> str:
-    lm_eval = _chapters(found, QualityRow, _quality_table, "quality-smollm2")
-    return lm_eval + "\n" + _chapters(found, FidelityRow, _fidelity_table, "fidelity-smollm2")
-
-
-def _quality_table(results: Results[QualityRow]) -> str:
-    """The backends of each metric of each task below one another, in the file's order."""
-    heading = ["task", "metric", "backend", "arithmetic", "questions", "value", "paired difference", "gained", "lost"]
-    cases = list(dict.fromkeys((row.task, row.metric) for row in results.rows))
-    ordered = sorted(results.rows, key=lambda row: cases.index((row.task, row.metric)))
-    return table(heading, [_quality_cells(row) for row in ordered])
-
-
-def _quality_cells(row: QualityRow) -> list[str]:
-    case = [row.task, row.metric, backend_name(row), row.dtype, str(row.questions)]
-    flips = ["" if count is None else str(count) for count in (row.gained, row.lost)]
-    return [*case, value_text(row), difference_text(row), *flips]
-
-
-def _fidelity_table(results: Results[FidelityRow]) -> str:
-    heading = ["setup", "text", "tokens", "perplexity", "d(nll)", "KL mean", "median", "p99", "max", "same top-1"]
-    lines = []
-    for row in results.rows:
-        kl = [f"{value:.3g}" for value in (row.kl_mean, row.kl_median, row.kl_p99, row.kl_max)]
-        nll = f"{row.nll_difference:+.5f} ± {row.nll_difference_stderr:.5f}"
-        counts = [row.setup, row.text, str(row.tokens), f"{row.perplexity:.4f}", nll]
-        lines.append([*counts, *kl, f"{row.same_top1:.2%}"])
-    return table(heading, lines)
-
-
-def _quality_line(results: Results[QualityRow] | None) -> str:
-    if results is None:
-        return TBD
-    pairs = [(_plain(results, row), row) for row in results.rows if row.difference is not None]
-    told = [f"{row.metric} {plain:.4f} to {row.value:.4f} (paired {difference_text(row)})" for plain, row in pairs]
-    last = results.rows[-1]
-    return f"{last.questions} questions through vLLM, {last.dtype}: {'; '.join(told)}."
-
-
-def _plain(results: Results[QualityRow], row: QualityRow) -> float:
-    return next(r.value for r in results.rows if (r.task, r.metric) == (row.task, row.metric) and r.difference is None)
+    lm_eval = _chapters(found, QualityRow, quality_table, "quality-smollm2")
+    return lm_eval + "\n" + _chapters(found, FidelityRow, fidelity_table, "fidelity-smollm2")
 
 
 def _agreement_line(found: Found) -> str:

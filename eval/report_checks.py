@@ -14,6 +14,7 @@ from rowint8.eval.schema import (
     FidelityRow,
     GenerationRow,
     KernelRow,
+    ProfileRow,
     QualityRow,
     Results,
     ServeRow,
@@ -61,6 +62,8 @@ def _problems(row, results: Results, read_tb_s: float | None) -> Iterator[str]:
         yield from _generation(row, read_tb_s)
     elif isinstance(row, ServeRow):
         yield from _serve(row)
+    elif isinstance(row, ProfileRow):
+        yield from _profile(row)
     elif isinstance(row, FidelityRow):
         yield from _ordered("KL", row.kl_median, row.kl_p99, row.kl_max)
         yield from _ordered("KL", row.kl_mean, row.kl_max)
@@ -102,6 +105,15 @@ def _serve(row: ServeRow) -> Iterator[str]:
         yield from _ordered(name, times["p50"], times["p99"])
     if row.goodput * row.output_tokens > row.tok_s * _TIME_SLACK:
         yield f"goodput {row.goodput:.2f}/s x {row.output_tokens} tokens is more than {row.tok_s:.0f} tok/s"
+
+
+def _profile(row: ProfileRow) -> Iterator[str]:
+    whole, step = sum(row.parts_ms.values()), min(row.step_ms, row.profiled_ms)
+    if whole * _TIME_SLACK < step:
+        yield f"the parts add up to {whole:.3f} ms of a step of {step:.3f}"
+    least = row.limit_ms["weights"] if row.limit_ms and row.weight_bytes > L2_BYTES else 0.0
+    if row.parts_ms["matmul"] * _WEIGHT_SLACK < least:
+        yield f"matmul takes {row.parts_ms['matmul']:.3f} ms, but reading the weights {least:.3f}"
 
 
 def _quality(row: QualityRow, results: Results) -> Iterator[str]:

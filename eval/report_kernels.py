@@ -27,7 +27,7 @@ def ratio(row: KernelRow) -> float | None:
     return row.us["rowint8"] / row.us[best] if best else None
 
 
-def readme_table(results: Results[KernelRow] | None) -> str:
+def short_table(results: Results[KernelRow] | None) -> str:
     """gate_up and SwiGLU of Llama-3.1-8B, then where rowint8 is slower than the best other."""
     rows = {(row.op, row.M): row for row in (results.rows if results else ()) if row.shape == "gate_up"}
     heading = ["tokens", "gate_up: rowint8", "cuBLAS bf16", "best other INT8", "ratio"]

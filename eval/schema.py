@@ -16,6 +16,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_vali
 from pydantic.dataclasses import dataclass
 
 from rowint8.eval.errors import EvalError
+from rowint8.eval.kernel_parts import PARTS
 
 GIB = 2**30
 
@@ -209,8 +210,8 @@ class ProfileRow:
     launches: Positive
     """Kernels, copies and fills a step; on the CPU operators."""
     host_ms: dict[Name, NotNegative] | None
-    """The host's part of a step_ms: "schedule", "launch", "wait" (for the device), "record"; "detokenize", which is in
-    record, where there is a tokenizer. On the CPU launch is the computation too. None for vLLM, as are the next three."""
+    """Of step_ms, on the host: "schedule", "launch" (on the CPU the computation too), "wait" (for the device),
+    "record"; and "detokenize", a part of record, where there is a tokenizer. None for vLLM, as are the next four."""
     served_ms: Positive | None
     """A step where each request is a coroutine of `AsyncEngine`."""
     padding: Annotated[float, Field(ge=0, le=1)] | None
@@ -226,6 +227,12 @@ class ProfileRow:
     limit_ms: dict[Name, NotNegative] | None
     """Least time to read "weights" and "kv" once, at the rate that this card reached in the same process; None on the
     CPU."""
+
+    @model_validator(mode="after")
+    def _parts_are_all(self) -> "ProfileRow":
+        if set(self.parts_ms) != set(PARTS):
+            raise ValueError(f"parts_ms must have {', '.join(PARTS)}")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=_CHECKED)

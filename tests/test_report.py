@@ -137,7 +137,7 @@ def test_what_is_not_measured_is_tbd(tmp_path):
     assert section(text, "### fidelity-smollm2").strip() == "TBD"
     assert section(text, "## Plots").strip() == "TBD"
     assert parts(found)["kernels"].count("TBD") >= 9 * 8
-    assert all("TBD" in parts(found)[name] for name in ("demo", "quality", "limits", "compiler", "gaps"))
+    assert all("TBD" in parts(found)[name] for name in ("quality", "fidelity", "limits", "compiler", "gaps", "vllm"))
 
 
 def test_new_files_are_picked_up_by_the_keys_of_their_rows(tmp_path):
