@@ -1,10 +1,13 @@
+# Processes that run tests, a file at a time. Tests on one GPU want its memory for themselves.
+WORKERS ?= $(shell nvidia-smi > /dev/null 2>&1 && echo 0 || echo 2)
+
 .PHONY: demo test test-vllm-0.26 setup lint sanitize
 
 demo: setup
 	.venv/bin/rowint8 demo
 
 test: setup
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --durations 15
 
 # The vLLM plugin on the oldest supported vLLM, in a folder of its own (6 GB).
 test-vllm-0.26:
