@@ -24,7 +24,7 @@ from rowint8.eval.bench_vllm_worker import random_prompts
 from rowint8.eval.console import compact_table
 from rowint8.eval.errors import EvalError
 from rowint8.eval.processes import run_quietly, vllm_environment
-from rowint8.eval.schema import GIB, EngineRow
+from rowint8.eval.schema import GIB, EngineName, EngineRow
 
 DEFAULT_WORKLOADS = "1x128x128,8x128x128,32x128x128"
 THROUGHPUT_SEQUENCES = 256
@@ -39,7 +39,7 @@ _METRICS = ("ttft_ms", "itl_ms", "tpot_ms", "tok_s")
 class Setup:
     """One way of running the model in one engine."""
 
-    engine: str
+    engine: EngineName
     arguments: dict[str, Any]
     """Of `EngineConfig`, or of `vllm.LLM`."""
 
@@ -143,7 +143,7 @@ def engine_arguments(setup: Setup, folder: Path, dummy: bool, workloads: Sequenc
     return {**common, **limits, "gpu_memory_utilization": GPU_MEMORY_UTILIZATION, **loading, **setup.arguments}
 
 
-def setup_rows(name: str, engine: str, workloads: Sequence[Requests], result: dict[str, Any]) -> list[EngineRow]:
+def setup_rows(name: str, engine: EngineName, workloads: Sequence[Requests], result: dict[str, Any]) -> list[EngineRow]:
     """The rows of one setup from what its worker returned.
 
     Raises:
@@ -152,7 +152,7 @@ def setup_rows(name: str, engine: str, workloads: Sequence[Requests], result: di
     return [_row(name, engine, requests, run, result) for requests, run in zip(workloads, result["runs"], strict=True)]
 
 
-def _row(name: str, engine: str, requests: Requests, run: dict[str, Any], result: dict[str, Any]) -> EngineRow:
+def _row(name: str, engine: EngineName, requests: Requests, run: dict[str, Any], result: dict[str, Any]) -> EngineRow:
     repeats = [_metrics(name, requests, repeat, run["peak_mem"], result).to_dict() for repeat in run["repeats"]]
     values = {key: [repeat[key] for repeat in repeats] for key in _METRICS if repeats[0][key] is not None}
     medians = {key: statistics.median(measured) for key, measured in values.items()}

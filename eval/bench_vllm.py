@@ -120,9 +120,8 @@ def _run(command: Sequence[str], env: dict[str, str], stdin: str, log: Path) -> 
 
 
 def _environment() -> dict[str, str]:
-    """The engine in the worker's own process (start is quicker), and on the CPU all cores, as nothing is served."""
-    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
-    return {**settings, **vllm_environment()}
+    """On the CPU all cores, as nothing is served. The engine core has a process of its own, as everywhere in vLLM."""
+    return {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", **vllm_environment()}
 
 
 def _without_warnings(log: str) -> str:

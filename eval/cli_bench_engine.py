@@ -52,7 +52,7 @@ def bench_engine(
     sizes = parse_workloads(workloads or job.DEFAULT_WORKLOADS)
     if warning := busy_warning():
         err.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
-    kept = Kept(json_file, EngineRow, append, map(job.row_setup, names))
+    kept = Kept(json_file, EngineRow, append, [job.row_setup(name) for name in names])
     failed = []
     with model_folder(model, config, layers) as (folder, loading):
         vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]

@@ -310,7 +310,7 @@ def test_the_worker_gets_the_setup(stand_in, tmp_path):
     llm = {"model": "m", "load_format": "auto", "quantization": "fp8"}
     assert request == {"llm": llm, "workloads": [[2, 5, 3]], "repeats": 4}
     env = (tmp_path / "env").read_text().splitlines()
-    assert {"ROWINT8_TEST=there", "VLLM_ENABLE_V1_MULTIPROCESSING=0", "VLLM_NO_USAGE_STATS=1"} <= set(env)
+    assert {"ROWINT8_TEST=there", "VLLM_CPU_NUM_OF_RESERVED_CPU=0", "VLLM_NO_USAGE_STATS=1"} <= set(env)
 
 
 def test_a_result_counts_even_if_vllm_fails_to_stop(stand_in):
