@@ -39,14 +39,14 @@ Found = Mapping[str, Results]
 """Result files by their names without ".json"."""
 
 _KINDS: list[Any] = [kind for name, kind in vars(schema).items() if name.endswith("Row") and is_dataclass(kind)]
-_OURS = ("baseline bf16", "baseline int8", "baseline int8-fused")
+OURS = ("baseline bf16", "baseline int8", "baseline int8-fused")
 _PRODUCTION = ("vllm bf16", "vllm rowint8")
 _CAPSTONE = {
-    "engine-h100": _OURS + _PRODUCTION,
-    "engine-cpu": _OURS + _PRODUCTION,
+    "engine-h100": OURS + _PRODUCTION,
+    "engine-cpu": OURS + _PRODUCTION,
     "vllm-h100": _PRODUCTION,
-    "demo-h100": _OURS + _PRODUCTION,
-    "demo-cpu": _OURS + _PRODUCTION,
+    "demo-h100": OURS + _PRODUCTION,
+    "demo-cpu": OURS + _PRODUCTION,
 }
 """File to the setups that it should have."""
 
@@ -130,13 +130,13 @@ def _chapters(found: Found, kind: type, section, expected: str) -> str:
 
 def _engines(found: Found) -> str:
     files = {stem: found.get(stem) for stem in _CAPSTONE} | _of_kind(found, GenerationRow)
-    chapters = [f"### {stem}\n\n{_engine_chapter(found, _CAPSTONE.get(stem, ()))}\n" for stem, found in files.items()]
+    chapters = [f"### {stem}\n\n{engine_chapter(found, _CAPSTONE.get(stem, ()))}\n" for stem, found in files.items()]
     note = "baseline: the small engine of this repository; x: tok/s over the first line's of the same batch and tokens."
     return "\n".join([note, "", *chapters])
 
 
-def _engine_chapter(results: Results[GenerationRow] | None, wanted: Sequence[str]) -> str:
-    """Where, by what, and a line a row; the wanted setups that are missing are lines too."""
+def engine_chapter(results: Results[GenerationRow] | None, wanted: Sequence[str]) -> str:
+    """Where, by what, and a line a row; the wanted setups that are missing, such as OURS, are lines of TBD."""
     rows = results.rows if results else ()
     present = {_role(row) for row in rows}
     tasks = list(dict.fromkeys(map(_task, rows)))

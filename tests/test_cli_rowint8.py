@@ -16,7 +16,8 @@ def rowint8(*arguments, **options):
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("demo",), ("demo-model",), ("quality",), ("bench", "kernels"), ("bench", "plot-kernels")]
+    "command",
+    [(), ("demo",), ("demo-model",), ("quality",), ("profile",), ("bench", "kernels"), ("bench", "plot-kernels")],
 )
 def test_help_has_an_example(command):
     done = rowint8(*command, "--help")
