@@ -4,6 +4,9 @@ The calls of a product rotate over copies of the weight that together exceed the
 of a model do. `add_rms_norm` finds the same activations in L2 on every call, as between the layers of a model, where
 they are few enough. `rowint8.eval.bench_timing` says how a call is timed.
 
+`host_us` is the host's time for a call of ours or of cuBLAS, which only queues work: what a step costs at least where
+no CUDA graph replays it, as with long prompts.
+
 What an entry of a row's `us` is:
 
     rowint8, cublas_bf16 (cublas_fp16)  this project's operator; the dense weight in the activations' dtype
@@ -17,6 +20,7 @@ What an entry of a row's `us` is:
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -49,6 +53,8 @@ READY_S: dict[str, float] = {
 _CUBLAS = {torch.bfloat16: "cublas_bf16", torch.float16: "cublas_fp16"}
 _ROTATE_BYTES = 512 << 20
 _NORM_CALLS = 20
+_HOST_CALLS = 64
+"""Few enough for the GPU's queue, so that none waits for room in it."""
 _AGREE = 0.02
 
 Candidates = dict[str, list[Call]]
@@ -80,6 +86,7 @@ class KernelBench:
         self._announce = announce
         self._peers, self._compiled = peers, compiled
         self._budget = Budget(ready_s, announce)
+        self._on_host = "rowint8", _CUBLAS[dtype]
         self._vllm = False
 
     def rows(self, shapes: Sequence[Shape], tokens: Sequence[int]) -> Iterator[KernelRow]:
@@ -182,6 +189,7 @@ class KernelBench:
             K=shape.k,
             us={name: median for name, (median, _) in measured.items()},
             spread={name: spread for name, (_, spread) in measured.items()},
+            host_us={name: self._host_us(candidates[name]) for name in measured if name in self._on_host},
             compiler=facts or None,
         )
 
@@ -189,6 +197,15 @@ class KernelBench:
         """(median, spread) in microseconds; None where others cannot be captured or run out of memory."""
         work = partial(self._timer, calls)
         return self._budget.attempt(name, work) if name in self._budget else work()
+
+    def _host_us(self, calls: list[Call]) -> float:
+        self._finished(None)
+        start = time.perf_counter()
+        for call in islice(cycle(calls), _HOST_CALLS):
+            call()
+        us = (time.perf_counter() - start) / _HOST_CALLS * 1e6
+        self._finished(None)
+        return us
 
     def _is_ready(self, name: str, calls: list[Call], reference: Any) -> bool:
         """Whether the first call, which may tune itself, ends within the budget and computes what it should."""

@@ -49,12 +49,13 @@ def _table(op: str, rows: Sequence[KernelRow], ceilings: Ceilings) -> Table:
     spread = max(max(row.spread.values()) for row in rows)
     table = compact_table(
         f"{op}: microseconds a call, {', '.join(dict.fromkeys(row.dtype for row in rows))} activations",
-        f"vs best: time / the best other's; of limit: the least time the card allows / time, at its read ceiling of "
-        f"{ceilings.read_tb_s:.2f} TB/s or {ceilings.bf16_tflop_s:.0f} TFLOP/s in bf16; largest spread {spread:.1%}",
+        "vs best: time / the best other's; host us: to queue a call; of limit: the least time the card allows / time, "
+        f"at its read ceiling of {ceilings.read_tb_s:.2f} TB/s or {ceilings.bf16_tflop_s:.0f} TFLOP/s in bf16; "
+        f"largest spread {spread:.1%}",
     )
     others = [name for name in dict.fromkeys(name for row in rows for name in row.us) if name != "rowint8"]
     table.add_column("shape", overflow="fold")
-    for heading in ("M", "rowint8", *others, "vs best", "GB/s", "TFLOP/s", "of limit"):
+    for heading in ("M", "rowint8", *others, "vs best", "host us", "GB/s", "TFLOP/s", "of limit"):
         table.add_column(heading, justify="right")
     for row in rows:
         ours, best = row.us["rowint8"], best_other(row)
@@ -64,6 +65,7 @@ def _table(op: str, rows: Sequence[KernelRow], ceilings: Ceilings) -> Table:
             f"{ours:.1f}",
             *(f"{row.us[name]:.1f}" if name in row.us else "" for name in others),
             f"{ours / row.us[best]:.2f} {best}",
+            f"{row.host_us['rowint8']:.0f}" if row.host_us else "",
             f"{bytes_moved(row) / ours / 1e3:.0f}",
             f"{operations(row) / ours / 1e6:.1f}" if operations(row) else "",
             f"{limit_us(row, ceilings) / ours:.0%}",

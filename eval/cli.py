@@ -164,6 +164,7 @@ def quantize(
         f"{target}: {written.int8_layers} linear layers in INT8, "
         f"{written.source_bytes / 2**20:.0f} -> {written.written_bytes / 2**20:.0f} MiB",
         highlight=False,
+        soft_wrap=True,
     )
 
 

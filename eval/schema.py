@@ -305,6 +305,8 @@ class KernelRow:
     """Median microseconds a call: "rowint8" and what it is compared with."""
     spread: dict[Name, NotNegative]
     """(slowest - fastest) / median of the repetitions, for each entry of `us`."""
+    host_us: Annotated[dict[Name, Positive] | None, Field(exclude_if=lambda value: value is None)] = None
+    """Microseconds of the host to queue a call, for some entries of `us`; absent from older files."""
     compiler: Annotated[dict[Name, Compilation] | None, Field(exclude_if=lambda value: value is None)] = None
     """For the entries of `us` that torch.compile made; absent where there are none."""
 

@@ -134,6 +134,7 @@ def test_rows_of_a_product_without_others(run):
     ]
     assert set(rows[0].us) == {"rowint8", "cublas_bf16"}
     assert set(rows[1].us) == {"rowint8", "cublas_bf16", "unfused"}
+    assert all(set(row.host_us) == {"rowint8", "cublas_bf16"} for row in rows)
     assert rows[0].us["rowint8"] == 32, "small weights rotate over 32 copies"
     assert all(row.compiler is None and row.dtype == "bfloat16" for row in rows)
     assert said == []
