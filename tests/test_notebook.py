@@ -25,7 +25,7 @@ def executed(tmp_path_factory, smollm2):
     """The notebook after its run, and the folder that it wrote."""
     notebook, out = nbformat.read(NOTEBOOK, as_version=4), tmp_path_factory.mktemp("capstone")
     notebook.cells.append(nbformat.v4.new_code_cell(LAST_CELL))
-    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
+    client = NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CAPSTONE_OUT", str(out))
         client.execute()
