@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from rowint8.eval.cli_bench import bench
-from rowint8.eval.cli_output import Json, err, out, write
+from rowint8.eval.cli_output import Json, err, out, warn_if_busy, write
 from rowint8.eval.cli_profile import profile
 from rowint8.eval.cli_quality import agreement, existing_model, fidelity, quality
 from rowint8.eval.cli_report import report
@@ -91,15 +91,13 @@ def demo(
     Example: rowint8 demo --json demo.json
     """
     from rowint8.eval import demo as job
-    from rowint8.eval.console import busy_warning
     from rowint8.eval.processes import require_package
 
     if vllm:
         require_package("vllm", "run `pip install 'rowint8[vllm]'` or give --no-vllm")
         require_package("openai", "run `pip install openai` or give --no-vllm")
     folder = existing_model(model) if model else _made_demo_model()
-    if warning := busy_warning():
-        err.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+    warn_if_busy()
     out.print(f"[bold]Prompt[/bold]  {job.PROMPT}\n")
     with err.status("baseline-generate") as status:
         runs = job.run_setups(folder, lambda setup: status.update(f"baseline-generate: {setup}"))

@@ -1,12 +1,12 @@
 """The command `rowint8 bench engine`."""
 
 import json
-from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
-from rowint8.eval.cli_output import Append, Json, Kept, err, out
+from rowint8.eval.cli_model import Config, Layers, Model
+from rowint8.eval.cli_output import Append, Json, Kept, err, say, warn_if_busy
 from rowint8.eval.errors import EvalError
 
 
@@ -18,12 +18,9 @@ def bench_engine(
             "vllm-bf16, vllm-rowint8 (GPU), transformers-bf16 (CPU). Default: all that run here."
         ),
     ] = None,
-    model: Annotated[Optional[Path], typer.Option(help="A model folder, instead of random weights.")] = None,  # noqa: UP045
-    config: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Shape of the random weights: llama-3.1-8b, tiny, ... or a config.json. Default: the first."),
-    ] = None,
-    layers: Annotated[Optional[int], typer.Option(min=1, help="Depth of the random weights, instead of all.")] = None,  # noqa: UP045
+    model: Model = None,
+    config: Config = None,
+    layers: Layers = None,
     workloads: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="Comma-separated BATCHxPROMPTxOUTPUT. Default: 1x128x128,8x128x128,32x128x128."),
@@ -44,14 +41,12 @@ def bench_engine(
     from rowint8.eval import bench_engine as job
     from rowint8.eval.bench_vllm import parse_workloads
     from rowint8.eval.bench_vllm_setups import choose_setups, model_folder
-    from rowint8.eval.console import busy_warning
     from rowint8.eval.schema import EngineRow
 
     known: dict[str, Any] = job.setups(torch.cuda.is_available())
     names = choose_setups(setups, known)
     sizes = parse_workloads(workloads or job.DEFAULT_WORKLOADS)
-    if warning := busy_warning():
-        err.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+    warn_if_busy()
     kept = Kept(json_file, EngineRow, append, [job.row_setup(name) for name in names])
     failed = []
     with model_folder(model, config, layers) as (folder, loading):
@@ -65,12 +60,8 @@ def bench_engine(
                 rows = job.setup_rows(name, known[name].engine, requests, result)
             except EvalError as error:
                 failed.append(name)
-                err.print(f"{name}: {error}", markup=False, highlight=False, soft_wrap=True)
+                say(f"{name}: {error}")
                 continue
-            err.print(f"{name}: started in {result['start_s']:.0f} s", highlight=False)
+            say(f"{name}: started in {result['start_s']:.0f} s")
             kept.add(rows)
-    if kept.rows:
-        out.print(job.ladder_table(kept.rows))
-        kept.close()
-    if failed:
-        raise EvalError(f"failed: {', '.join(failed)}; why is said above")
+    kept.finish(failed, job.ladder_table)

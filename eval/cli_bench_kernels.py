@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from rowint8.eval.bench_shapes import DEFAULT_MODEL, SHAPES, TOKENS, parse_tokens, select_shapes
-from rowint8.eval.cli_output import Json, err, out, save, write
+from rowint8.eval.cli_output import Json, err, out, save, say, write
 from rowint8.eval.errors import EvalError
 
 COMPILE_TOKENS = (1, 16, 128, 2048)
@@ -54,7 +54,7 @@ def bench_kernels(
     from rowint8.eval.bench_timing import measure_ceilings
 
     names = (["marlin", "machete", "gemlite"] if peers else []) + (["humming"] if humming else [])
-    bench = KernelBench(getattr(torch, dtype.value), _say, names, list(MODES) if compile_ else [])
+    bench = KernelBench(getattr(torch, dtype.value), say, names, list(MODES) if compile_ else [])
     rows = []
     with err.status("ceilings") as status:
         ceilings = measure_ceilings()
@@ -81,10 +81,6 @@ def plot_kernels(
 
     draw(read_results(results, KernelRow), picture)
     err.print(f"wrote {picture}", highlight=False)
-
-
-def _say(line: str) -> None:
-    err.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _keep(path: Path | None, rows: list, ceilings) -> None:

@@ -1,22 +1,14 @@
 """The commands `rowint8 bench vllm` and `rowint8 bench serve`."""
 
 import time
-from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from rowint8.eval.cli_output import Append, Json, Kept, err, out
+from rowint8.eval.cli_model import Config, Layers, Model
+from rowint8.eval.cli_output import Append, Json, Kept, err, say, warn_if_busy
 from rowint8.eval.errors import EvalError
 
-_SHAPES = "llama-3.1-8b, llama-3.1-70b, tiny, or the path of a config.json"
-
-Model = Annotated[Optional[Path], typer.Option(help="A model folder, instead of dummy weights.")]  # noqa: UP045
-Config = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(help=f"Shape of the dummy weights: {_SHAPES}. Default: llama-3.1-8b."),
-]
-Layers = Annotated[Optional[int], typer.Option(min=1, help="Depth of the dummy weights, instead of all.")]  # noqa: UP045
 TensorParallelSize = Annotated[int, typer.Option(min=1, help="GPUs that a model is split over.")]
 Eager = Annotated[bool, typer.Option("--enforce-eager", help="No compilation, no CUDA graphs: a quick trial.")]
 
@@ -54,7 +46,7 @@ def bench_vllm(
 
     names = _installed(choose_setups(setups))
     sizes = job.parse_workloads(workloads or job.DEFAULT_WORKLOADS)
-    _warn_if_busy()
+    warn_if_busy()
     kept = Kept(json_file, VllmRow, append, names)
     failed = []
     with model_folder(model, config, layers) as (folder, loading):
@@ -67,11 +59,11 @@ def bench_vllm(
                 found = job.setup_rows(name, sizes, result, tensor_parallel_size)
             except EvalError as error:
                 failed.append(name)
-                _say(f"{name}: {error}")
+                say(f"{name}: {error}")
                 continue
-            _say(job.summary(found, time.monotonic() - start))
+            say(job.summary(found, time.monotonic() - start))
             kept.add(found)
-    _finish(kept, failed, [job.speed_table, job.setup_table])
+    kept.finish(failed, job.speed_table, job.setup_table)
 
 
 def bench_serve(
@@ -106,7 +98,7 @@ def bench_serve(
     names = choose_setups(setups or job.DEFAULT_SETUPS, job.SERVED)
     sent_at = job.parse_rates(rates)
     load = job.Load(prompt_tokens, output_tokens, seconds, job.parse_goodput(goodput))
-    _warn_if_busy()
+    warn_if_busy()
     kept = Kept(json_file, ServeRow, append, names)
     failed = []
     with model_folder(model, config, layers) as (folder, loading):
@@ -121,10 +113,10 @@ def bench_serve(
                         status.update(f"{name} ({number} of {len(names)}): {row.request_rate:g} requests/s done")
             except EvalError as error:
                 failed.append(name)
-                _say(f"{name}: {error}")
+                say(f"{name}: {error}")
                 continue
-            _say(f"{name}: done")
-    _finish(kept, failed, [job.serve_table])
+            say(f"{name}: done")
+    kept.finish(failed, job.serve_table)
 
 
 def _installed(names: list[str]) -> list[str]:
@@ -135,26 +127,7 @@ def _installed(names: list[str]) -> list[str]:
     require_package("vllm", "run `pip install 'rowint8[vllm]'`")
     absent = [name for name in names if not SETUPS[name].installed]
     for name in absent:
-        _say(f"without {name}: the package {SETUPS[name].package} is not installed")
+        say(f"without {name}: the package {SETUPS[name].package} is not installed")
     if len(absent) == len(names):
         raise EvalError("no setup of --setups can run here")
     return [name for name in names if name not in absent]
-
-
-def _warn_if_busy() -> None:
-    from rowint8.eval.console import busy_warning
-
-    if warning := busy_warning():
-        err.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
-
-
-def _say(line: str) -> None:
-    err.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _finish(kept: Kept, failed: list[str], tables: list) -> None:
-    for table in tables if kept.rows else ():
-        out.print(table(kept.rows))
-    kept.close()
-    if failed:
-        raise EvalError(f"failed: {', '.join(failed)}; why is said above")

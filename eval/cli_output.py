@@ -3,13 +3,13 @@
 import os
 import shlex
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from rowint8.eval.errors import EvalError
 
@@ -23,6 +23,19 @@ Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the res
 Append = Annotated[
     bool, typer.Option("--append", help="Keep what the file holds of other setups, measured on the same machine.")
 ]
+
+
+def say(line: str) -> None:
+    """A line for people, as it is."""
+    err.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def warn_if_busy() -> None:
+    """Says so where other programs keep this machine busy, which takes a second to see: timings would suffer."""
+    from rowint8.eval.console import busy_warning
+
+    if warning := busy_warning():
+        err.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
 
 
 def write(path: Path | None, rows, ceilings=None) -> None:
@@ -92,6 +105,18 @@ class Kept:
         """Says where the rows are."""
         if self.path is not None and self.rows:
             err.print(f"wrote {self.path}", highlight=False)
+
+    def finish(self, failed: Sequence[str], *tables: Callable[[Sequence], RenderableType]) -> None:
+        """Prints the rows in these forms and closes.
+
+        Raises:
+            EvalError: setups failed.
+        """
+        for table in tables if self.rows else ():
+            out.print(table(self.rows))
+        self.close()
+        if failed:
+            raise EvalError(f"failed: {', '.join(failed)}; why is said above")
 
 
 def _differences(one: "Environment", other: "Environment") -> str:

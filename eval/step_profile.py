@@ -17,7 +17,7 @@ from rowint8.eval.bench_engine import setups as engine_setups
 from rowint8.eval.bench_vllm import MAX_BATCHED_TOKENS
 from rowint8.eval.bench_vllm_worker import random_prompts
 from rowint8.eval.errors import EvalError
-from rowint8.eval.schema import ProfileRow
+from rowint8.eval.schema import EngineName, ProfileRow
 from rowint8.eval.step_profile_worker import WARM_TOKENS
 
 SAMPLINGS: dict[str, dict[str, float]] = {"greedy": {}, "top-p": {"temperature": 1.0, "top_p": 0.95}}
@@ -91,7 +91,7 @@ def _requests(batch: int, prompt_tokens: int, steps: int, vocab_size: int) -> Re
 
 def profile_row(
     name: str,
-    engine: str,
+    engine: EngineName,
     model: ModelConfig,
     batch: int,
     sampling: str,
@@ -108,7 +108,7 @@ def profile_row(
     rate = result["read_tb_s"]
     limits = {"weights": weight_bytes / rate / 1e9, "kv": kv_bytes / rate / 1e9} if rate else None
     return ProfileRow(
-        engine="baseline" if engine == "baseline" else "vllm",
+        engine=engine,
         setup=row_setup(name),
         sampling=sampling,
         batch=batch,

@@ -1,16 +1,13 @@
 """out[M, N] = (x[M, K] @ values[N, K]^T) * scale[N] + bias[N] in Triton: device code and launcher."""
 
-from functools import cache
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rowint8.kernels.launch import blocks, dependent_launch, dot_dtype, grid_position, hopper_tile, launch, traits
+from rowint8.kernels.launch import blocks, grid_position, hopper_tile, launch, product_constants, traits
 from rowint8.kernels.products import dot_product, overlap_previous, vector_product
-from rowint8.kernels.tiles import TileConfig, pick_tile, shared_memory_limit
+from rowint8.kernels.tiles import pick_tile, shared_memory_limit
 
 
 @triton.jit
@@ -88,7 +85,7 @@ def int8_linear(tokens: Tensor, values: Tensor, scale: Tensor, bias: Tensor | No
     out = torch.empty(M, N, dtype=tokens.dtype, device=tokens.device)
     if out.numel():
         tile = pick_tile("linear", M, N, K, tokens.element_size(), shared_memory_limit(tokens.device))
-        constants, options = _constants(tile, K, tokens.dtype, tokens.device, bias is not None)
+        constants, options = product_constants(tile, K, tokens.dtype, tokens.device, HAS_BIAS=bias is not None)
         variant = "linear", tile, N, K, traits(tokens, values, scale, bias)
         if tile.block_m == 1:
             grid = (M, blocks(N, tile.block_n), 1)
@@ -97,16 +94,3 @@ def int8_linear(tokens: Tensor, values: Tensor, scale: Tensor, bias: Tensor | No
             grid = (blocks(M, tile.block_m) * blocks(N, tile.block_n), 1, 1)
             launch(_linear_many_tokens, variant, grid, (tokens, values, scale, bias, out, M, N, K), constants, options)
     return out
-
-
-@cache
-def _constants(tile: TileConfig, k: int, dtype: torch.dtype, device: torch.device, has_bias: bool) -> tuple[dict, dict]:
-    """Constants of the kernel that runs the tile, in its order, and options of the compilation."""
-    pdl = tile.overlaps and dependent_launch(device)
-    options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=pdl)
-    even_k = k % tile.block_k == 0
-    if tile.block_m == 1:
-        return dict(HAS_BIAS=has_bias, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, EVEN_K=even_k, PDL=pdl), options
-    block: dict[str, Any] = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k)
-    block |= dict(SLICES=tile.slices, GROUP=tile.group, EVEN_K=even_k, DOT=dot_dtype(dtype), PDL=pdl)
-    return dict(HAS_BIAS=has_bias, **block), options

@@ -4,17 +4,14 @@ A program's weight block holds BLOCK_N / 2 gate rows and the same up rows, alter
 linear one and the pair meets in the epilogue: the [M, 2I] intermediate is never written.
 """
 
-from functools import cache
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rowint8.kernels.launch import blocks, dependent_launch, dot_dtype, grid_position, hopper_tile, launch, traits
+from rowint8.kernels.launch import blocks, grid_position, hopper_tile, launch, product_constants, traits
 from rowint8.kernels.products import dot_product, overlap_previous, vector_product
-from rowint8.kernels.tiles import TileConfig, pick_tile, shared_memory_limit
+from rowint8.kernels.tiles import pick_tile, shared_memory_limit
 
 
 @triton.jit
@@ -102,7 +99,7 @@ def int8_swiglu(tokens: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     out = torch.empty(M, I, dtype=tokens.dtype, device=tokens.device)
     if out.numel():
         tile = pick_tile("swiglu", M, N, K, tokens.element_size(), shared_memory_limit(tokens.device))
-        constants, options = _constants(tile, K, tokens.dtype, tokens.device)
+        constants, options = product_constants(tile, K, tokens.dtype, tokens.device)
         variant = "swiglu", tile, N, K, traits(tokens, values, scale)
         outputs = tile.block_n // 2
         if tile.block_m == 1:
@@ -112,15 +109,3 @@ def int8_swiglu(tokens: Tensor, values: Tensor, scale: Tensor) -> Tensor:
             grid = (blocks(M, tile.block_m) * blocks(I, outputs), 1, 1)
             launch(_swiglu_many_tokens, variant, grid, (tokens, values, scale, out, M, I, K), constants, options)
     return out
-
-
-@cache
-def _constants(tile: TileConfig, k: int, dtype: torch.dtype, device: torch.device) -> tuple[dict, dict]:
-    """Constants of the kernel that runs the tile, in its order, and options of the compilation."""
-    pdl = tile.overlaps and dependent_launch(device)
-    options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=pdl)
-    even_k = k % tile.block_k == 0
-    if tile.block_m == 1:
-        return dict(BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, EVEN_K=even_k, PDL=pdl), options
-    block: dict[str, Any] = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k)
-    return block | dict(SLICES=tile.slices, GROUP=tile.group, EVEN_K=even_k, DOT=dot_dtype(dtype), PDL=pdl), options

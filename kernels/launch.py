@@ -1,6 +1,7 @@
 """What every launcher and kernel needs once: which kernel, the interpreter's dtype rule, the order of tiles."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from rowint8.kernels.tiles import HopperTile, hopper_processors, pick_hopper_tile
+from rowint8.kernels.tiles import HopperTile, TileConfig, hopper_processors, pick_hopper_tile
 
 _TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -37,7 +38,7 @@ _compiled: dict[tuple, Any] = {}
 def launch(
     kernel: Any, variant: tuple, grid: tuple[int, int, int], arguments: tuple, constants: Mapping, options: Mapping
 ) -> None:
-    """As `kernel[grid](*arguments, **constants, **options)`, in half of the host's time from the second call on.
+    """As `kernel[grid](*arguments, **constants, **options)`, in less of the host's time from the second call on.
 
     Triton finds the compilation of a call by looking at every argument. Here `variant` names it: all that a compilation
     depends on, the name of the kernel first (see `traits`). `constants` are the parameters behind `arguments`.
@@ -47,8 +48,22 @@ def launch(
         compiled[grid](*arguments, *constants.values())
         return
     compiled = kernel[grid](*arguments, **constants, **options)
-    if compiled is not None:  # as under the interpreter
+    if compiled is not None:  # None: interpreted, not compiled
         _compiled[variant] = compiled
+
+
+@cache
+def product_constants(
+    tile: TileConfig, k: int, dtype: torch.dtype, device: torch.device, **first: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Constants of the product kernels that run a tile, in their order behind `first`, and options for compiling."""
+    pdl = tile.overlaps and dependent_launch(device)
+    options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=pdl)
+    rows, last = dict(BLOCK_N=tile.block_n, BLOCK_K=tile.block_k), dict(EVEN_K=k % tile.block_k == 0)
+    if tile.block_m == 1:
+        return {**first, **rows, **last, "PDL": pdl}, options
+    many = dict(SLICES=tile.slices, GROUP=tile.group)
+    return {**first, "BLOCK_M": tile.block_m, **rows, **many, **last, "DOT": dot_dtype(dtype), "PDL": pdl}, options
 
 
 def traits(*tensors: Tensor | None) -> tuple:
