@@ -77,7 +77,8 @@ def plot_kernels(
     Example: rowint8 bench plot-kernels results/kernels-h100.json results/kernels-h100.svg
     """
     from rowint8.eval.plot_kernels import plot_kernels as draw
-    from rowint8.eval.schema import KernelRow, read_results
+    from rowint8.eval.result_files import read_results
+    from rowint8.eval.schema import KernelRow
 
     draw(read_results(results, KernelRow), picture)
     err.print(f"wrote {picture}", highlight=False)
@@ -85,7 +86,8 @@ def plot_kernels(
 
 def _keep(path: Path | None, rows: list, ceilings) -> None:
     """Writes what is measured so far. The environment is looked up once, for the first row: that takes a second."""
-    from rowint8.eval.schema import KernelRow, read_results, write_results
+    from rowint8.eval.result_files import read_results, write_results
+    from rowint8.eval.schema import KernelRow
 
     if path is None:
         return

@@ -14,7 +14,7 @@ from rich.console import Console, RenderableType
 from rowint8.eval.errors import EvalError
 
 if TYPE_CHECKING:
-    from rowint8.eval.schema import Environment
+    from rowint8.eval.result_files import Environment
 
 out = Console()
 err = Console(stderr=True)
@@ -52,7 +52,7 @@ def save(path: Path, rows, ceilings=None, after: str = "") -> None:
     their names are kept.
     """
     from rowint8.eval.environment import describe_environment
-    from rowint8.eval.schema import Results, write_results
+    from rowint8.eval.result_files import Results, write_results
 
     command = shlex.join(["rowint8", *(_without_place(part, path) for part in sys.argv[1:])])
     command = f"{after} && {command}" if after else command
@@ -87,7 +87,7 @@ class Kept:
 
     def _read(self, path: Path, row_type: type, setups: Collection[str]) -> None:
         from rowint8.eval.environment import describe_environment
-        from rowint8.eval.schema import read_results
+        from rowint8.eval.result_files import read_results
 
         earlier: Any = read_results(path, row_type)
         if changed := _differences(earlier.environment, describe_environment()):

@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from rowint8.eval.schema import Environment
+from rowint8.eval.result_files import Environment
 
 
 def describe_environment() -> Environment:

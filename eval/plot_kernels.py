@@ -6,7 +6,8 @@ from pathlib import Path
 
 from rowint8.eval.bench_table import limit_us
 from rowint8.eval.errors import EvalError
-from rowint8.eval.schema import Ceilings, KernelRow, Results
+from rowint8.eval.result_files import Results
+from rowint8.eval.schema import Ceilings, KernelRow
 
 _COLUMNS = 3
 _SIZE = 4.2

@@ -7,7 +7,8 @@ from pathlib import Path
 from rowint8.eval.errors import EvalError
 from rowint8.eval.plot_kernels import plot_kernels
 from rowint8.eval.report_memory import FORMATS
-from rowint8.eval.schema import FidelityRow, GenerationRow, KernelRow, Results
+from rowint8.eval.result_files import Results
+from rowint8.eval.schema import FidelityRow, GenerationRow, KernelRow
 
 _MOST_SHAPES = 6
 """In a picture of kernels: a layer's, or what one can read."""

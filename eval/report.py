@@ -21,6 +21,7 @@ from rowint8.eval.report_kernels import compiler_table, kernel_section, limits, 
 from rowint8.eval.report_memory import memory_section
 from rowint8.eval.report_quality import fidelity_line, fidelity_table, quality_line, quality_table
 from rowint8.eval.report_vllm import vllm_table
+from rowint8.eval.result_files import Results, read_results
 from rowint8.eval.schema import (
     GIB,
     AgreementRow,
@@ -30,9 +31,7 @@ from rowint8.eval.schema import (
     KernelRow,
     ProfileRow,
     QualityRow,
-    Results,
     ServeRow,
-    read_results,
 )
 
 Found = Mapping[str, Results]

@@ -7,6 +7,7 @@ from math import isclose
 from rowint8.eval.bench_table import limit_us, operations
 from rowint8.eval.errors import EvalError
 from rowint8.eval.report_kernels import best_peer
+from rowint8.eval.result_files import Results
 from rowint8.eval.schema import (
     GIB,
     AgreementRow,
@@ -16,7 +17,6 @@ from rowint8.eval.schema import (
     KernelRow,
     ProfileRow,
     QualityRow,
-    Results,
     ServeRow,
 )
 

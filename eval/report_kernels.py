@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from rowint8.eval.bench_table import limit_us
 from rowint8.eval.markdown import TBD, folded, number, table
-from rowint8.eval.schema import Ceilings, KernelRow, Results
+from rowint8.eval.result_files import Results
+from rowint8.eval.schema import Ceilings, KernelRow
 
 EVEN = 0.02
 """Ratios this near to 1 count as even."""

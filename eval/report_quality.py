@@ -2,7 +2,8 @@
 
 from rowint8.eval.markdown import TBD, table
 from rowint8.eval.quality import backend_name, difference_text, value_text
-from rowint8.eval.schema import FidelityRow, QualityRow, Results
+from rowint8.eval.result_files import Results
+from rowint8.eval.schema import FidelityRow, QualityRow
 
 
 def quality_table(results: Results[QualityRow]) -> str:

@@ -1,7 +1,8 @@
 """A file of `bench vllm` as one table for README.md: workloads down, setups across."""
 
 from rowint8.eval.markdown import TBD, table
-from rowint8.eval.schema import Results, VllmRow
+from rowint8.eval.result_files import Results
+from rowint8.eval.schema import VllmRow
 
 _BASE = "bf16"
 

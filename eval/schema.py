@@ -1,26 +1,19 @@
-"""The form of every result file: where it was measured, by which command, and rows of one kind.
-
-    {"environment": {...}, "command": "rowint8 demo --json out.json", "rows": [{...}, ...]}
+"""What the rows of result files hold, a class for each kind; the file around them is in `result_files`.
 
 What TTFT, ITL, TPOT, tok/s and peak memory mean is defined in `rowint8.baseline_engine.metrics`; here they only have
-names, units (ms, tokens per second, GiB = 2^30 bytes) and limits. Reading a file checks all of it: unknown and missing
-keys, wrong types, NaN and values out of range are errors that name the place.
+names, units (ms, tokens per second, GiB = 2^30 bytes) and limits.
 """
 
-import os
-import tempfile
-from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from rowint8.eval.errors import EvalError
 from rowint8.eval.kernel_parts import PARTS
 
 GIB = 2**30
 
-_CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
 Name = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -29,32 +22,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 EngineName = Literal["baseline", "vllm", "transformers"]
 
 
-@dataclass(frozen=True, kw_only=True, config=_CHECKED)
-class Environment:
-    """What a measurement depends on besides the code. None: not installed, not there, or not known."""
-
-    date: Name
-    """UTC, ISO 8601, to the second."""
-    device: Name
-    """The GPU's name, or the CPU's model."""
-    driver: Name | None
-    """NVIDIA driver version; None on the CPU."""
-    os: Name
-    threads: Count
-    """torch's CPU threads."""
-    python: Name
-    rowint8: Name
-    torch: Name
-    triton: Name | None
-    transformers: Name
-    vllm: Name | None
-    git_commit: Name | None
-    """Of the code that measured; None where it does not run from a git checkout."""
-    git_dirty: bool | None
-    """Whether tracked files differ from that commit."""
-
-
-@dataclass(frozen=True, kw_only=True, config=_CHECKED)
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
 class GenerationRow:
     """One setup of one engine generating `batch` completions at once."""
 
@@ -83,7 +51,7 @@ class GenerationRow:
         return self
 
 
-@dataclass(frozen=True, kw_only=True, config=_CHECKED)
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
 class QualityRow:
     """One metric of one setup on one task, and its paired difference from the setup that it is compared with."""
 
@@ -109,7 +77,7 @@ class QualityRow:
     """Questions that only the other setup answers rightly."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_CHECKED)
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
 class AgreementRow:
     """How long two engines write the same greedy tokens after one prompt."""
 
@@ -125,7 +93,7 @@ class AgreementRow:
     """Where they part: log-probability of vLLM's token less that of the other's, by vLLM; None where they do not."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_CHECKED)
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
 class FidelityRow:
     """How far one setup's next-token distributions are from the unquantized model's, over the same tokens."""
 
@@ -153,7 +121,7 @@ class FidelityRow:
     """Share of tokens at which both find the same token likeliest."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_CHECKED)
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
 class VllmRow(GenerationRow):
     """One setup of vLLM on one workload: medians over repeats; memory of the GPU that holds most."""
 
@@ -167,7 +135,7 @@ class VllmRow(GenerationRow):
     """Kernels and graphs compiled while this workload ran: the engine had started and answered a first request."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_CHECKED)
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
 class EngineRow(GenerationRow):
     """One setup of the small engine, or of vLLM beside it, on one workload: medians over repeats."""
 
@@ -185,7 +153,7 @@ class EngineRow(GenerationRow):
     """What computed attention."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_CHECKED)
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
 class ProfileRow:
     """Where the time of one decode step goes: one token for each of `batch` requests."""
 
@@ -235,7 +203,7 @@ class ProfileRow:
         return self
 
 
-@dataclass(frozen=True, kw_only=True, config=_CHECKED)
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
 class ServeRow:
     """One setup of `vllm serve` under requests that arrive at random (Poisson), measured by `vllm bench serve`."""
 
@@ -264,7 +232,7 @@ class ServeRow:
     """Of the client."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_CHECKED)
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Ceilings:
     """What the card does at best, measured in the same run as the rows beside it."""
 
@@ -274,7 +242,7 @@ class Ceilings:
     """10^12 operations per second of a large bf16 matrix product, two operations a multiplication and addition."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_CHECKED)
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Compilation:
     """What torch.compile made of an operator written in plain torch."""
 
@@ -286,7 +254,7 @@ class Compilation:
     """Inductor's own account: the nodes it had, which it fused and why not others."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_CHECKED)
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
 class KernelRow:
     """Times of one operator on M tokens and an [N, K] weight.
 
@@ -309,70 +277,3 @@ class KernelRow:
     """Microseconds of the host to queue a call, for some entries of `us`; absent from older files."""
     compiler: Annotated[dict[Name, Compilation] | None, Field(exclude_if=lambda value: value is None)] = None
     """For the entries of `us` that torch.compile made; absent where there are none."""
-
-
-Row = TypeVar("Row")
-
-
-@dataclass(frozen=True, kw_only=True, config=_CHECKED)
-class Results(Generic[Row]):
-    """A result file."""
-
-    environment: Environment
-    command: Name
-    rows: tuple[Row, ...]
-    """At least one."""
-    ceilings: Annotated[Ceilings | None, Field(exclude_if=lambda value: value is None)] = None
-    """With kernel rows; absent from other files."""
-
-    @model_validator(mode="after")
-    def _not_empty(self) -> "Results[Row]":
-        if not self.rows:
-            raise ValueError("rows is empty")
-        return self
-
-
-def write_results(path: Path, results: Results[Row]) -> None:
-    """Writes `results` as JSON; the file appears whole or not at all.
-
-    Raises:
-        EvalError: the folder cannot be written to.
-    """
-    text = _adapter(type(results.rows[0])).dump_json(results, indent=2)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-            whole = Path(scratch) / path.name
-            whole.write_bytes(text + b"\n")
-            os.replace(whole, path)
-    except OSError as error:
-        raise EvalError(f"cannot write {path}: {error.strerror}") from None
-
-
-def read_results(path: Path, row_type: type[Row]) -> Results[Row]:
-    """Reads a result file whose rows are of `row_type`.
-
-    Raises:
-        EvalError: the file cannot be read, or is not of this form; the message names the first wrong place.
-    """
-    try:
-        return _adapter(row_type).validate_json(path.read_bytes())
-    except OSError as error:
-        raise EvalError(f"cannot read {path}: {error.strerror}") from None
-    except ValidationError as error:
-        raise EvalError(f"{path}: {_first_problem(error)}") from None
-
-
-def _adapter(row_type: type) -> TypeAdapter[Any]:
-    results: Any = Results  # type checkers know no type that is only known at run time
-    return TypeAdapter(results[row_type])
-
-
-def _first_problem(error: ValidationError) -> str:
-    """Such as "rows.3.ttft_ms: Input should be greater than 0 (given: -1.0; 2 more problems)"."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    place = ".".join(str(part) for part in first["loc"]) or "the file"
-    given = repr(first["input"])
-    shown = given if len(given) <= 60 else given[:57] + "..."
-    more = f"; {error.error_count() - 1} more" if error.error_count() > 1 else ""
-    return f"{place}: {first['msg']} (given: {shown}{more})"

@@ -9,7 +9,8 @@ from rowint8.eval import bench_engine as job
 from rowint8.eval.bench_vllm import Workload
 from rowint8.eval.cli import app
 from rowint8.eval.errors import EvalError
-from rowint8.eval.schema import EngineRow, read_results
+from rowint8.eval.result_files import read_results
+from rowint8.eval.schema import EngineRow
 
 TIMES = [[1.5, 1.75], [1.25, 1.75, 2.0]]
 REPEAT = {"start": 1.0, "token_times": TIMES, "host_s": {"schedule": 0.01, "launch": 0.03}, "steps": 4}

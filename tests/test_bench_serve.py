@@ -23,7 +23,8 @@ from rowint8.eval.bench_serve import (
 )
 from rowint8.eval.bench_vllm_setups import SETUPS, write_shape
 from rowint8.eval.errors import EvalError
-from rowint8.eval.schema import ServeRow, read_results
+from rowint8.eval.result_files import read_results
+from rowint8.eval.schema import ServeRow
 
 LOAD = Load(prompt_tokens=32, output_tokens=8, seconds=2.5, goodput={"ttft": 200.0, "tpot": 50.0})
 REPORT = {

@@ -14,7 +14,8 @@ from rowint8.eval.environment import describe_environment
 from rowint8.eval.errors import EvalError
 from rowint8.eval.plot_kernels import plot_kernels
 from rowint8.eval.processes import console_script
-from rowint8.eval.schema import Ceilings, KernelRow, Results, read_results, write_results
+from rowint8.eval.result_files import Results, read_results, write_results
+from rowint8.eval.schema import Ceilings, KernelRow
 
 CEILINGS = Ceilings(read_tb_s=2.0, bf16_tflop_s=500.0)
 LINEAR = KernelRow(

@@ -28,7 +28,8 @@ from rowint8.eval.bench_vllm_probe import Compilations, storage_bytes, weight_by
 from rowint8.eval.bench_vllm_setups import SETUPS, SHAPES, Setup, choose_setups, model_folder, write_shape
 from rowint8.eval.bench_vllm_worker import generate, random_prompts
 from rowint8.eval.errors import EvalError
-from rowint8.eval.schema import GIB, GenerationRow, VllmRow, read_results
+from rowint8.eval.result_files import read_results
+from rowint8.eval.schema import GIB, GenerationRow, VllmRow
 
 TWO_BY_THREE = Workload(2, 5, 3)
 

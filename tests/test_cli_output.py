@@ -7,7 +7,8 @@ import pytest
 
 from rowint8.eval.cli_output import Kept, save
 from rowint8.eval.errors import EvalError
-from rowint8.eval.schema import ServeRow, read_results
+from rowint8.eval.result_files import read_results
+from rowint8.eval.schema import ServeRow
 
 TIMES = {"p50": 1.0, "p99": 2.0}
 

@@ -12,7 +12,8 @@ from rowint8.eval import fidelity_setups as setups
 from rowint8.eval import quantize_checkpoint
 from rowint8.eval.errors import EvalError
 from rowint8.eval.processes import console_script
-from rowint8.eval.schema import FidelityRow, read_results
+from rowint8.eval.result_files import read_results
+from rowint8.eval.schema import FidelityRow
 from rowint8.kernels.quantize import dequantize, quantize_rowwise
 
 SENTENCE = "A boat left the harbour before dawn, and nobody on the quay could say who had taken it. "

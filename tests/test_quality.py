@@ -11,7 +11,8 @@ from rich.console import Console
 from rowint8.eval.errors import EvalError
 from rowint8.eval.paired import Item, metric_value
 from rowint8.eval.quality import BACKENDS, choose, context_of, quality_rows, quality_tables
-from rowint8.eval.schema import QualityRow, read_results
+from rowint8.eval.result_files import read_results
+from rowint8.eval.schema import QualityRow
 from tests.test_cli_rowint8 import rowint8
 
 

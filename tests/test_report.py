@@ -15,6 +15,7 @@ from rowint8.eval.processes import console_script
 from rowint8.eval.report import documents, parts, read_folder, report
 from rowint8.eval.report_kernels import best_peer, compiler_table, lost_cells, tallies
 from rowint8.eval.report_memory import weight_bytes
+from rowint8.eval.result_files import Results, read_results, write_results
 from rowint8.eval.schema import (
     GIB,
     AgreementRow,
@@ -25,10 +26,7 @@ from rowint8.eval.schema import (
     GenerationRow,
     KernelRow,
     QualityRow,
-    Results,
     ServeRow,
-    read_results,
-    write_results,
 )
 
 ROOT = Path(__file__).parent.parent

@@ -1,4 +1,4 @@
-"""rowint8.eval.schema: what is written is what is read, and what is wrong is refused with its place."""
+"""rowint8.eval.schema and result_files: what is written is what is read, and what is wrong is refused with its place."""
 
 import json
 from dataclasses import asdict, replace
@@ -9,16 +9,8 @@ from hypothesis import strategies as st
 
 from rowint8.eval.environment import describe_environment
 from rowint8.eval.errors import EvalError
-from rowint8.eval.schema import (
-    Compilation,
-    Environment,
-    GenerationRow,
-    KernelRow,
-    QualityRow,
-    Results,
-    read_results,
-    write_results,
-)
+from rowint8.eval.result_files import Environment, Results, read_results, write_results
+from rowint8.eval.schema import Compilation, GenerationRow, KernelRow, QualityRow
 
 ENVIRONMENT = Environment(
     date="2026-01-02T03:04:05+00:00",

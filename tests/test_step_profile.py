@@ -16,7 +16,8 @@ from rowint8.eval.errors import EvalError
 from rowint8.eval.kernel_parts import PARTS, Interval, Work, device_work, kernel_part, longest, operator_work, part_ms
 from rowint8.eval.profile_tables import console_tables, profile_section
 from rowint8.eval.report_checks import check_all
-from rowint8.eval.schema import ProfileRow, Results, read_results
+from rowint8.eval.result_files import Results, read_results
+from rowint8.eval.schema import ProfileRow
 from rowint8.eval.step_profile_worker import _kernels
 from rowint8.kernels import add_rms_norm, hopper, hopper_product, int8_linear, int8_swiglu
 

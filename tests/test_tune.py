@@ -15,7 +15,8 @@ from rowint8.eval import tune
 from rowint8.eval.bench_shapes import Shape
 from rowint8.eval.cli import app
 from rowint8.eval.errors import EvalError
-from rowint8.eval.schema import KernelRow, read_results
+from rowint8.eval.result_files import read_results
+from rowint8.eval.schema import KernelRow
 from rowint8.eval.tune_candidates import candidates
 from rowint8.kernels import tuned
 from rowint8.kernels.tiles import HopperTile, TileConfig, pick_hopper_tile, pick_tile
