@@ -1,4 +1,4 @@
-"""rowint8.eval.schema and result_files: what is written is what is read, and what is wrong is refused with its place."""
+"""rowint8.eval.schema, result_files: what is written is what is read, and what is wrong is refused with its place."""
 
 import json
 from dataclasses import asdict, replace
