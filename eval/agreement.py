@@ -5,9 +5,6 @@ by different code, so logits differ by rounding. Where the two best tokens are c
 and from there on they write different texts. The gap between the two at the parting says whether that was a tie.
 """
 
-import json
-import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from rowint8.eval.console import compact_table
-from rowint8.eval.processes import require_package, run_quietly, vllm_environment
+from rowint8.eval.processes import require_package, run_worker, vllm_environment
 from rowint8.eval.schema import AgreementRow
 
 TOKENS = 32
@@ -74,12 +71,7 @@ def run_vllm(model: Path, dtype: str, prompts: Sequence[Sequence[int]]) -> list[
         "sampling": {"max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "logprobs": _CANDIDATES},
         "prompts": prompts,
     }
-    with tempfile.TemporaryDirectory() as scratch:
-        result = Path(scratch) / "result.json"
-        run_quietly(
-            [sys.executable, "-m", "rowint8.eval.vllm_run", str(result)], vllm_environment(), json.dumps(request)
-        )
-        return json.loads(result.read_text())
+    return run_worker("vllm_run", request, vllm_environment())
 
 
 def row_of(prompt: str, ours: list[int], theirs: dict[str, Any], dtype: str) -> AgreementRow:

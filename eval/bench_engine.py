@@ -6,11 +6,8 @@ handed in together and decoded greedily, with nothing cached. Each workload runs
 the throughput workload, which is long and comes last, runs just once.
 """
 
-import json
-import os
 import random
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +20,7 @@ from rowint8.eval.bench_vllm import GPU_MEMORY_UTILIZATION, MAX_BATCHED_TOKENS, 
 from rowint8.eval.bench_vllm_worker import random_prompts
 from rowint8.eval.console import compact_table
 from rowint8.eval.errors import EvalError
-from rowint8.eval.processes import run_quietly, vllm_environment
+from rowint8.eval.processes import run_worker, vllm_environment
 from rowint8.eval.schema import GIB, EngineName, EngineRow
 
 DEFAULT_WORKLOADS = "1x128x128,8x128x128,32x128x128"
@@ -101,26 +98,10 @@ def run_setup(setup: Setup, folder: Path, dummy: bool, workloads: Sequence[Reque
     Raises:
         EvalError: it failed; the message holds the end of its log.
     """
-    request = {"dummy": dummy, "workloads": [_workload(each, repeats) for each in workloads]}
-    return run_worker("bench_engine_worker", setup, engine_arguments(setup, folder, dummy, workloads), request)
-
-
-def run_worker(module: str, setup: Setup, arguments: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
-    """Runs a module of `rowint8.eval` that starts the setup's engine; the object in the last line of its stdout.
-
-    Args:
-        arguments: what `engine_arguments` gives.
-        request: what else the module reads on its stdin.
-
-    Raises:
-        EvalError: it failed; the message holds the end of its log.
-    """
-    environment = dict(os.environ)
-    if setup.engine == "vllm":
-        environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **vllm_environment()}
-    stdin = json.dumps({"engine": setup.engine, "arguments": arguments, **request})
-    command = [sys.executable, "-m", f"rowint8.eval.{module}"]
-    return json.loads(run_quietly(command, environment, stdin).strip().splitlines()[-1])
+    arguments = engine_arguments(setup, folder, dummy, workloads)
+    measured = [_workload(each, repeats) for each in workloads]
+    request = {"engine": setup.engine, "arguments": arguments, "dummy": dummy, "workloads": measured}
+    return run_worker("bench_engine_worker", request, vllm_environment())
 
 
 def _workload(requests: Requests, repeats: int) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""One engine, started and measured in this process: `python -m rowint8.eval.bench_engine_worker < request`.
+"""One engine, started and measured in this process: `python -m rowint8.eval.bench_engine_worker RESULT < request`.
 
 The request on stdin is {"engine": "baseline", "vllm" or "transformers", "arguments": of the engine, "dummy":
 whether the weights are random, "workloads": [{"prompts": token ids of each, "outputs": tokens to generate after each,
-"unmeasured": runs that do not count, "repeats": runs that do}]}. The last line of stdout is JSON: {"start_s",
+"unmeasured": runs that do not count, "repeats": runs that do}]}. The file RESULT receives {"start_s",
 "weights", "runs": [{"repeats": [...], "peak_mem"}]}, in bytes and seconds; a repeat is {"start", "token_times"} and, of
 the small engine, {"host_s", "steps", "kv_waste", "attention"}.
 """
@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,37 +123,20 @@ def start_transformers(arguments: dict[str, Any], dummy: bool) -> tuple[Generate
 
 
 def start_vllm(arguments: dict[str, Any], dummy: bool) -> tuple[Generate, Callable[[], tuple[int, int]]]:
-    """vLLM, stepped in this process; functions as those of `start_baseline`."""
-    from vllm import LLM, SamplingParams
-    from vllm.inputs import tokens_input
-    from vllm.sampling_params import RequestOutputKind
+    """vLLM as `bench vllm` runs it; functions as those of `start_baseline`."""
+    from vllm import LLM
 
-    from rowint8.eval.bench_vllm_worker import PROBE
+    from rowint8.eval.bench_vllm_worker import PROBE, generate
 
     llm = LLM(**arguments, worker_extension_cls=PROBE, enable_prefix_caching=False, skip_tokenizer_init=True)
     llm.collective_rpc("rowint8_watch")
-    engine: Any = llm.llm_engine
-
-    def generate(prompts: list[list[int]], outputs: list[int]) -> dict[str, Any]:
-        times: dict[str, list[float]] = {str(index): [] for index in range(len(prompts))}
-        common: dict[str, Any] = dict(temperature=0, ignore_eos=True, detokenize=False)
-        start = time.perf_counter()
-        for name, prompt, count in zip(times, prompts, outputs, strict=True):
-            params = SamplingParams(max_tokens=count, output_kind=RequestOutputKind.DELTA, **common)
-            engine.add_request(name, tokens_input(prompt), params)
-        while engine.has_unfinished_requests():
-            finished = engine.step()
-            now = time.perf_counter()
-            for output in finished:
-                times[output.request_id] += [now] * len(output.outputs[0].token_ids)
-        return {"start": start, "token_times": list(times.values())}
 
     def read_memory() -> tuple[int, int]:
         (rank,) = llm.collective_rpc("rowint8_read")
         return rank["weights"], rank["peak_mem"]
 
-    return generate, read_memory
+    return partial(generate, llm.llm_engine), read_memory
 
 
 if __name__ == "__main__":
-    print(json.dumps(bench(**json.load(sys.stdin))), flush=True)
+    Path(sys.argv[1]).write_text(json.dumps(bench(**json.load(sys.stdin))))

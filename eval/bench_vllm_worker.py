@@ -24,7 +24,7 @@ def bench(llm: dict[str, Any], workloads: list[list[int]], repeats: int) -> dict
     start_s = time.perf_counter() - start
     vocab_size = engine.llm_engine.model_config.get_vocab_size()
     engine.collective_rpc("rowint8_watch")
-    generate(engine.llm_engine, random_prompts(1, workloads[0][1], vocab_size), 2)
+    generate(engine.llm_engine, random_prompts(1, workloads[0][1], vocab_size), [2])
     engine.collective_rpc("rowint8_read")
     runs = [measure(engine, vocab_size, *workload, repeats=repeats) for workload in workloads]
     return {"start_s": start_s, "runs": runs}
@@ -39,12 +39,13 @@ def measure(
         {"repeats": what `generate` returns, for each, "ranks": what the probe reads on each rank}.
     """
     prompts = random_prompts(batch, prompt_tokens, vocab_size)
-    generations = [generate(engine.llm_engine, prompts, output_tokens) for _ in range(1 + repeats)]
+    outputs = [output_tokens] * batch
+    generations = [generate(engine.llm_engine, prompts, outputs) for _ in range(1 + repeats)]
     return {"repeats": generations[1:], "ranks": engine.collective_rpc("rowint8_read")}
 
 
-def generate(engine: Any, prompts: list[list[int]], output_tokens: int) -> dict[str, Any]:
-    """Hands all prompts in together and steps the engine until each has its greedy tokens.
+def generate(engine: Any, prompts: list[list[int]], outputs: list[int]) -> dict[str, Any]:
+    """Hands all prompts in together and steps the engine until each has as many greedy tokens as `outputs` says.
 
     Returns:
         {"start": before the first prompt was handed in, "token_times": for each prompt when each of its tokens came
@@ -54,21 +55,16 @@ def generate(engine: Any, prompts: list[list[int]], output_tokens: int) -> dict[
     from vllm.inputs import tokens_input
     from vllm.sampling_params import RequestOutputKind
 
-    sampling = SamplingParams(
-        temperature=0,
-        max_tokens=output_tokens,
-        ignore_eos=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-    )
-    times: dict[str, list[float]] = {str(i): [] for i in range(len(prompts))}
+    times: dict[str, list[float]] = {str(index): [] for index in range(len(prompts))}
+    common: dict[str, Any] = dict(temperature=0, ignore_eos=True, detokenize=False)
     start = time.perf_counter()
-    for name, prompt in zip(times, prompts, strict=True):
+    for name, prompt, count in zip(times, prompts, outputs, strict=True):
+        sampling = SamplingParams(max_tokens=count, output_kind=RequestOutputKind.DELTA, **common)
         engine.add_request(name, tokens_input(prompt), sampling)
     while engine.has_unfinished_requests():
-        outputs = engine.step()
+        finished = engine.step()
         now = time.perf_counter()
-        for output in outputs:
+        for output in finished:
             times[output.request_id] += [now] * len(output.outputs[0].token_ids)
     return {"start": start, "token_times": list(times.values())}
 

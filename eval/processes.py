@@ -1,6 +1,7 @@
 """Other programs, run as a user would run them: their log kept out of sight and shown where they fail."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rowint8.eval.errors import EvalError
 
@@ -39,6 +41,20 @@ def run_quietly(command: Sequence[str], env: Mapping[str, str], stdin: str = "")
     if done.returncode != 0:
         raise EvalError(failure(command, done.returncode, done.stdout + done.stderr))
     return done.stdout
+
+
+def run_worker(module: str, request: Mapping[str, Any], env: Mapping[str, str]) -> Any:
+    """Runs `python -m rowint8.eval.MODULE RESULT` with the request as JSON on stdin; what it wrote to the file RESULT.
+
+    A file, as engines and their processes write to stdout.
+
+    Raises:
+        EvalError: it failed; the message holds the end of what it wrote.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        result = Path(scratch) / "result.json"
+        run_quietly([sys.executable, "-m", f"rowint8.eval.{module}", str(result)], env, json.dumps(request))
+        return json.loads(result.read_text())
 
 
 def failure(command: Sequence[str], returncode: int | None, log: str) -> str:

@@ -7,8 +7,6 @@ question by question (see `paired`): its standard error is far smaller than that
 import json
 import math
 import os
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,7 +19,7 @@ from rowint8.eval import paired
 from rowint8.eval.console import compact_table
 from rowint8.eval.errors import EvalError
 from rowint8.eval.lm_eval_tasks import Task
-from rowint8.eval.processes import require_package, run_quietly, vllm_environment
+from rowint8.eval.processes import require_package, run_worker, vllm_environment
 from rowint8.eval.schema import EngineName, QualityRow
 
 
@@ -105,11 +103,7 @@ def run_backend(
         "limit": limit,
         "output": str(output.resolve()) if output else None,
     }
-    environment = _environment(hub=any(isinstance(task, str) for task in tasks))
-    with tempfile.TemporaryDirectory() as scratch:
-        result = Path(scratch) / "result.json"
-        run_quietly([sys.executable, "-m", "rowint8.eval.lm_eval_run", str(result)], environment, json.dumps(request))
-        return json.loads(result.read_text())
+    return run_worker("lm_eval_run", request, _environment(hub=any(isinstance(task, str) for task in tasks)))
 
 
 def _lm_eval_model(backend: Backend, dtype: str, max_length: int) -> tuple[str, dict[str, Any]]:

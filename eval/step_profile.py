@@ -12,11 +12,12 @@ from typing import Any
 
 from rowint8.baseline_engine.config import ModelConfig
 from rowint8.baseline_engine.kv_cache import KvCache
-from rowint8.eval.bench_engine import Requests, Setup, engine_arguments, row_setup, run_worker
+from rowint8.eval.bench_engine import Requests, Setup, engine_arguments, row_setup
 from rowint8.eval.bench_engine import setups as engine_setups
 from rowint8.eval.bench_vllm import MAX_BATCHED_TOKENS
 from rowint8.eval.bench_vllm_worker import random_prompts
 from rowint8.eval.errors import EvalError
+from rowint8.eval.processes import run_worker, vllm_environment
 from rowint8.eval.schema import EngineName, ProfileRow
 from rowint8.eval.step_profile_worker import WARM_TOKENS
 
@@ -75,7 +76,9 @@ def run_setup(
         for each, (_, sampling) in zip(requests, cases, strict=True)
     ]
     arguments = engine_arguments(setup, folder, dummy, requests)
-    result = run_worker("step_profile_worker", setup, arguments, {"dummy": dummy, "steps": steps, "runs": runs})
+    request = {"engine": setup.engine, "arguments": arguments, "dummy": dummy, "steps": steps, "runs": runs}
+    in_one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **vllm_environment()}
+    result = run_worker("step_profile_worker", request, in_one_process)
     return [
         profile_row(name, setup.engine, model, *case, steps, run, result)
         for case, run in zip(cases, result["runs"], strict=True)

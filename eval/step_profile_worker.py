@@ -1,8 +1,8 @@
-"""Decode steps of one engine, timed and profiled here: `python -m rowint8.eval.step_profile_worker < request`.
+"""Decode steps of one engine, timed and profiled here: `python -m rowint8.eval.step_profile_worker RESULT < request`.
 
 The request on stdin is {"engine": "baseline" or "vllm", "arguments": those of `EngineConfig` or `vllm.LLM`, "dummy":
 whether the weights are random, "steps": how many count, "runs": [{"prompts": token ids of each, "tokens": how many to
-ask for after each, "sampling": arguments of `SamplingParams`}]}. The last line of stdout is JSON: {"weights": bytes,
+ask for after each, "sampling": arguments of `SamplingParams`}]}. The file RESULT receives {"weights": bytes,
 "read_tb_s": what the card reads at best, null on the CPU, "attention", "runs": [what `timed` and `profiled` return]}.
 """
 
@@ -272,4 +272,4 @@ class Vllm:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(**json.load(sys.stdin))), flush=True)
+    Path(sys.argv[1]).write_text(json.dumps(measure(**json.load(sys.stdin))))

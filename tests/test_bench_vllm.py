@@ -274,7 +274,7 @@ def test_each_token_gets_the_time_of_its_step():
     pytest.importorskip("vllm")
     engine = FakeEngine()
     before = time.perf_counter()
-    run = generate(engine, random_prompts(2, 5, 100), 3)
+    run = generate(engine, random_prompts(2, 5, 100), [3, 3])
     first, second = run["token_times"]
     assert (len(first), len(second), engine.steps) == (3, 3, 4)
     assert before <= run["start"] <= first[0] - 0.01
