@@ -13,7 +13,7 @@ def report(
     folder: Annotated[Path, typer.Argument(help="Of result files.")] = Path("results"),
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Also draw the plots, as SVG.")] = True,
 ) -> None:
-    """Write REPORT.md and plots from result files, and the generated parts of README.md and POSTMORTEM.md beside them.
+    """Write REPORT.md and plots from result files, and the generated parts of the documents beside them.
 
     Nothing is measured; what has no result is printed as TBD. Values that cannot be true stop the report.
 

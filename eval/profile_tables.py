@@ -69,10 +69,14 @@ def console_tables(rows: Sequence[ProfileRow]) -> list[Table]:
     return tables
 
 
+def parts_table(rows: Sequence[ProfileRow]) -> str:
+    """The parts of each row's step in Markdown, with what the columns mean."""
+    return f"{markdown.table(_PARTS, map(_parts, rows))}\n{PARTS_NOTE}.\n"
+
+
 def profile_section(rows: Sequence[ProfileRow]) -> str:
-    """The same in Markdown, with the longest kernels of each row behind a click."""
-    parts = markdown.table(_PARTS, map(_parts, rows))
+    """Parts and suspects in Markdown, with the longest kernels of each row behind a click."""
     suspects = markdown.table(_SUSPECTS, map(_suspects, rows))
     lines = [[*_case(row), f"`{name}`", f"{ms:.3f}"] for row in rows for name, ms in row.longest_ms.items()]
     longest = markdown.folded("Longest kernels", markdown.table([*_CASE, "kernel", "ms a step"], lines))
-    return f"{parts}\n{PARTS_NOTE}.\n\n{suspects}\n{SUSPECTS_NOTE}.\n\n{longest}"
+    return f"{parts_table(rows)}\n{suspects}\n{SUSPECTS_NOTE}.\n\n{longest}"

@@ -1,4 +1,4 @@
-"""results/*.json as Markdown: REPORT.md, and the generated parts of README.md and POSTMORTEM.md. Measures nothing.
+"""results/*.json as Markdown: REPORT.md, and the generated parts of other documents. Measures nothing.
 
 What is not measured is printed as TBD. The kind of a file's rows is told by their keys, so new files of a known kind
 need no change here.
@@ -15,8 +15,9 @@ from rowint8.eval import schema
 from rowint8.eval.errors import EvalError
 from rowint8.eval.markdown import TBD, fill, folded, number, table
 from rowint8.eval.plot_report import pictures
-from rowint8.eval.profile_tables import profile_section
+from rowint8.eval.profile_tables import parts_table, profile_section
 from rowint8.eval.report_checks import check_all, read_ceilings
+from rowint8.eval.report_engine import engine_table
 from rowint8.eval.report_kernels import compiler_table, kernel_section, limits, short_table, tallies
 from rowint8.eval.report_memory import memory_section
 from rowint8.eval.report_quality import fidelity_line, fidelity_table, quality_line, quality_table
@@ -37,6 +38,7 @@ from rowint8.eval.schema import (
 Found = Mapping[str, Results]
 """Result files by their names without ".json"."""
 
+_DOCUMENTS = ("README.md", "POSTMORTEM.md", "docs/engine.md")
 _KINDS: list[Any] = [kind for name, kind in vars(schema).items() if name.endswith("Row") and is_dataclass(kind)]
 OURS = ("baseline bf16", "baseline int8", "baseline int8-fused")
 _PRODUCTION = ("vllm bf16", "vllm rowint8")
@@ -73,8 +75,8 @@ def _kind(path: Path) -> type:
 
 
 def documents(folder: Path, found: Found) -> dict[Path, str]:
-    """What REPORT.md, README.md and POSTMORTEM.md should be; the last two beside the folder, where they exist."""
-    beside = [folder.parent / name for name in ("README.md", "POSTMORTEM.md")]
+    """What REPORT.md and the documents with generated parts should be; those beside the folder, where they exist."""
+    beside = [folder.parent / name for name in _DOCUMENTS]
     filled = {
         path: fill(path.read_text(encoding="utf-8"), parts(found), path.name) for path in beside if path.is_file()
     }
@@ -93,7 +95,9 @@ def parts(found: Found) -> dict[str, str]:
         "gaps": _gaps(found),
         "vllm": vllm_table(found.get("vllm-h100")),
         "fidelity": fidelity_line(found.get("fidelity-smollm2")),
-        "profile": _profile(found.get("profile-h100")),
+        "profile": parts_table(profile.rows) if (profile := found.get("profile-h100")) else TBD,
+        "engine": engine_table(found.get("engine-h100")),
+        "engine-cpu": engine_table(found.get("engine-cpu")),
     }
 
 

@@ -116,7 +116,7 @@ def cells(text, *start):
     return found
 
 
-@pytest.mark.parametrize("name", ["results/REPORT.md", "README.md", "POSTMORTEM.md"])
+@pytest.mark.parametrize("name", ["results/REPORT.md", "README.md", "POSTMORTEM.md", "docs/engine.md"])
 def test_committed_document_is_what_the_results_give(name):
     folder = ROOT / "results"
     wanted = documents(folder, read_folder(folder))[ROOT / name]
