@@ -6,7 +6,7 @@
     torch     everywhere                                    torch's SDPA over keys and values gathered from the blocks
 
 `choose` takes the first that applies, once, when the engine starts; the choice is `Engine.attention_name`. Both can be
-captured in a CUDA graph for decode steps: lengths and tables are read on the device.
+captured in a CUDA graph for decode steps: lengths and tables are read on the device. flash3 also can for prompts.
 """
 
 import importlib
@@ -24,7 +24,7 @@ from rowint8.baseline_engine.config import ModelConfig
 from rowint8.baseline_engine.model import Attend
 
 _GRAPH_SPLITS = 32
-"""Most pieces into which FlashAttention cuts a row's keys in a captured graph, where it cannot see their number."""
+"""Most pieces into which FlashAttention cuts a row's keys in a captured decode step, which cannot see their number."""
 
 
 class Layout(NamedTuple):
@@ -47,6 +47,9 @@ class AttentionBackend(Protocol):
     """Attention of one kind of model on one device."""
 
     name: str
+    captures_prompts: bool
+    """Whether a captured graph also serves steps in which sequences have several tokens: their numbers, too, are then
+    read on the device."""
 
     def plan(self, layout: Layout) -> Attend:
         """Prepares what all layers of one step share; returns the function that each layer calls."""
@@ -81,19 +84,22 @@ class Flash3Attention:
     """One varlen call over the block tables; how the work is split over the GPU is planned once for all layers."""
 
     name = "flash3 (FlashAttention 3 of the installed vLLM)"
+    captures_prompts = True
 
     def __init__(self, flash: ModuleType, config: ModelConfig, dtype: torch.dtype, block_size: int):
         self._flash, self._config, self._dtype, self._block_size = flash, config, dtype, block_size
         self._window = (-1, -1) if config.sliding_window is None else (config.sliding_window - 1, 0)
 
     def plan(self, layout: Layout) -> Attend:
+        queries = max(layout.query_lens)
+        splits = 0 if not layout.captured else _GRAPH_SPLITS if queries == 1 else 1
         shared: dict[str, Any] = dict(
-            max_seqlen_q=max(layout.query_lens),
+            max_seqlen_q=queries,
             max_seqlen_k=max(layout.host_seq_lens),
             cu_seqlens_q=layout.query_start,
             causal=True,
             window_size=self._window,
-            num_splits=_GRAPH_SPLITS if layout.captured else 0,
+            num_splits=splits,
         )
         metadata = self._flash.get_scheduler_metadata(
             batch_size=len(layout.query_lens),
@@ -117,6 +123,7 @@ class TorchAttention:
     """Sequences with one new token together, padded to the longest and masked; each other sequence by itself."""
 
     name = "torch (SDPA over gathered blocks)"
+    captures_prompts = False
 
     def __init__(self, window: int | None, dtype: torch.dtype, block_size: int):
         self._window, self._dtype, self._block_size = window, dtype, block_size

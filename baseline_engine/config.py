@@ -38,6 +38,9 @@ class EngineConfig:
     mode: Literal["eager", "compile", "graph"] = "eager"
     """compile: `torch.compile` of the decoder layer, shared by all layers. graph: compiled, and decode steps replayed
     as CUDA graphs; needs a GPU."""
+    prompt_graph_tokens: int = 0
+    """With mode graph: most tokens of a step with prompts that is replayed as a CUDA graph, where attention can be
+    (FlashAttention 3). 0 leaves prompts to launches one by one; what graphs gain there is not measured yet."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of activations and unquantized weights; auto is the checkpoint's."""
     device: str = "auto"
@@ -67,6 +70,8 @@ class EngineConfig:
             _check_positive(name, getattr(self, name))
         for name in ("max_context", "cache_tokens"):
             _check_positive(name, getattr(self, name) or 1)
+        if self.prompt_graph_tokens < 0:
+            raise SettingError(f"prompt_graph_tokens is {self.prompt_graph_tokens}; accepted is 0 or more")
         if not 0 < self.memory_fraction <= 1:
             raise SettingError(f"memory_fraction is {self.memory_fraction}; accepted is above 0 and up to 1")
 

@@ -2,7 +2,7 @@
 
     host                                          device
     chunks -> numpy arrays -> pinned memory  ->  tokens, positions, slots, lengths, tables
-                                                  embedding, layers, logits      (one graph for a decode step)
+                                                  embedding, layers, logits      (one graph where one fits)
                                                   sampler -> `sampled`, which the next step's tokens may come from
     StepResult.read  <-------------------------   copy of the tokens, awaited when they are needed
 
@@ -10,7 +10,7 @@
 read: they are then taken from `sampled` on the device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -27,6 +27,11 @@ from rowint8.baseline_engine.request import Request
 from rowint8.baseline_engine.sampler import Sampled, TokenLogprobs, sample
 from rowint8.baseline_engine.scheduler import Chunk
 from rowint8.baseline_engine.transfer import to_device
+
+PROMPT_ROWS = 64
+"""Most sequences of a captured step with prompts."""
+PROMPT_CONTEXT = 4096
+"""Longest context in such a step. Its attention is not split over the keys, which a long context needs."""
 
 
 @dataclass
@@ -73,8 +78,9 @@ class _Vectors(NamedTuple):
     """int32 [number of sequences that sample]: the last token of each."""
 
     @staticmethod
-    def pack(chunks: Sequence[Chunk], block_size: int, rows: int) -> "tuple[np.ndarray, list[int]]":
-        """One int32 array and the sizes of its parts; padded with tokens in the scratch block to `rows` sequences."""
+    def pack(chunks: Sequence[Chunk], block_size: int, unused: Sequence[int] = ()) -> "tuple[np.ndarray, list[int]]":
+        """One int32 array and the sizes of its parts; behind the chunks come sequences that nobody uses, of so many
+        tokens each, all in the scratch block."""
         tokens, sources, positions, slots = [], [], [], []
         for request, first, count, _ in chunks:
             known = request.tokens[first : first + count]
@@ -89,13 +95,12 @@ class _Vectors(NamedTuple):
         seq_lens = [chunk.first + chunk.count for chunk in chunks]
         query_start = [0, *accumulate(chunk.count for chunk in chunks)]
         logit_rows = [end - 1 for end, chunk in zip(query_start[1:], chunks, strict=True) if chunk.samples]
-        padding = rows - len(chunks)
-        if padding:
-            scratch = SCRATCH_BLOCK * block_size
-            for part, value in ((tokens, 0), (sources, -1), (positions, 0), (slots, scratch), (seq_lens, 1)):
-                part += [value] * padding
-            query_start += range(query_start[-1] + 1, query_start[-1] + 1 + padding)
-            logit_rows = list(range(rows))
+        scratch = SCRATCH_BLOCK * block_size
+        for part, value in ((tokens, 0), (sources, -1), (positions, 0), (slots, scratch)):
+            part += [value] * sum(unused)
+        seq_lens += unused
+        query_start += accumulate(unused, initial=query_start.pop())
+        logit_rows += [0] * (len(seq_lens) - len(logit_rows)) if unused else []
         parts = (tokens, sources, positions, slots, seq_lens, query_start, logit_rows)
         arrays = [np.asarray(part, dtype=np.int32) for part in parts]
         return np.concatenate(arrays), [len(part) for part in parts]
@@ -117,8 +122,10 @@ class ModelRunner:
         self.device, self.context = model.form.device, context
         self.sampled = torch.zeros(max_seqs, dtype=torch.int64, device=self.device)
         """Of the step launched last, one row a request that sampled."""
-        self.graphs: dict[int, DecodeGraph] = {}
-        """By the number of sequences."""
+        self.graphs: dict[int, StepGraph] = {}
+        """Of decode steps, by the number of sequences."""
+        self.prompt_graphs: list[StepGraph] = []
+        """Of steps with prompts, by the number of tokens."""
 
     @torch.inference_mode()
     def launch(self, chunks: Sequence[Chunk]) -> StepResult:
@@ -135,10 +142,10 @@ class ModelRunner:
             request.sampled_row = row
         return self._to_host(requests, chosen)
 
-    def _graph_for(self, chunks: Sequence[Chunk]) -> "DecodeGraph | None":
-        if not self.graphs or any(chunk.count > 1 or not chunk.samples for chunk in chunks):
-            return None
-        return next((graph for rows, graph in self.graphs.items() if rows >= len(chunks)), None)
+    def _graph_for(self, chunks: Sequence[Chunk]) -> "StepGraph | None":
+        decode = all(chunk.count == 1 and chunk.samples for chunk in chunks)
+        graphs = self.graphs.values() if decode else self.prompt_graphs
+        return next((graph for graph in graphs if graph.fits(chunks)), None)
 
     @torch.inference_mode()
     def hidden(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -150,7 +157,7 @@ class ModelRunner:
         return self.compute(*self._inputs(chunks))
 
     def _inputs(self, chunks: Sequence[Chunk]) -> tuple[_Vectors, Layout]:
-        packed, sizes = _Vectors.pack(chunks, self.cache.block_size, len(chunks))
+        packed, sizes = _Vectors.pack(chunks, self.cache.block_size)
         vectors = _Vectors(*to_device(packed, self.device).split(sizes))
         lengths = [chunk.count for chunk in chunks]
         ends = [chunk.first + chunk.count for chunk in chunks]
@@ -190,44 +197,70 @@ class ModelRunner:
         self.compute(vectors, Layout(vectors.query_start, vectors.seq_lens, tables, [num_tokens], [num_tokens]))
 
     @torch.inference_mode()
-    def capture(self, sizes: Sequence[int]) -> None:
-        """Captures a decode graph for each number of sequences; they share one memory pool, the largest first."""
+    def capture(self, sizes: Sequence[int], prompt_sizes: Sequence[int]) -> None:
+        """Captures a decode graph for each number of sequences, and a graph of prompts for each number of tokens where
+        the attention can; they share one memory pool, the largest first."""
         pool = torch.cuda.graph_pool_handle()
-        captured = {rows: DecodeGraph(self, rows, pool) for rows in sorted(sizes, reverse=True)}
+        if self.attention.captures_prompts:
+            prompts = [StepGraph(self, min(PROMPT_ROWS, size // 2), size, pool) for size in sorted(prompt_sizes)[::-1]]
+            self.prompt_graphs = prompts[::-1]
+        captured = {rows: StepGraph(self, rows, rows, pool) for rows in sorted(sizes, reverse=True)}
         self.graphs = dict(sorted(captured.items()))
 
 
-class DecodeGraph:
-    """One decode step of exactly `rows` sequences as a CUDA graph (their launches cost one launch).
+class StepGraph:
+    """A step of up to `rows` sequences as a CUDA graph (their launches cost one launch): decoding, with as many tokens
+    as rows, or with prompts, of more tokens than rows.
 
-    A graph reads and writes fixed addresses: inputs are copied to where it reads them, and rows without a request
-    compute on the scratch block.
+    A graph reads and writes fixed addresses: inputs are copied to where it reads them, and what exceeds the chunks
+    computes on the scratch block: a token in each row left over, or all tokens left over in one row.
     """
 
-    def __init__(self, runner: ModelRunner, rows: int, pool: Any):
-        self._rows, self._block_size = rows, runner.cache.block_size
-        width = -(-runner.context // self._block_size)
-        empty, sizes = _Vectors.pack([], self._block_size, rows)
+    def __init__(self, runner: ModelRunner, rows: int, num_tokens: int, pool: Any):
+        self._rows, self._num_tokens, self._block_size = rows, num_tokens, runner.cache.block_size
+        self._context = runner.context if rows == num_tokens else min(runner.context, PROMPT_CONTEXT)
+        width = -(-max(self._context, num_tokens) // self._block_size)
+        unused = self._unused([])
+        empty, sizes = _Vectors.pack([], self._block_size, unused)
         self._vectors = to_device(empty, runner.device)
         self._tables = torch.full((rows, width), SCRATCH_BLOCK, dtype=torch.int32, device=runner.device)
         vectors = _Vectors(*self._vectors.split(sizes))
-        layout = Layout(
-            vectors.query_start, vectors.seq_lens, self._tables, [1] * rows, [runner.context] * rows, captured=True
-        )
+        longest = [width * self._block_size] * rows
+        layout = Layout(vectors.query_start, vectors.seq_lens, self._tables, unused, longest, captured=True)
         runner.compute(vectors, layout)  # allocates workspaces and compiles what is not compiled yet
-        torch.cuda.synchronize(runner.device)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
-            self._logits = runner.compute(vectors, layout)
+        self._replay, self._logits = captured(lambda: runner.compute(vectors, layout), runner.device, pool)
+
+    def _unused(self, chunks: Sequence[Chunk]) -> list[int]:
+        """Tokens of each of the rows left over."""
+        rows = self._rows - len(chunks)
+        if self._rows == self._num_tokens:
+            return [1] * rows
+        return [self._num_tokens - sum(chunk.count for chunk in chunks), *[0] * (rows - 1)]
+
+    def fits(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether the step has few enough sequences, tokens and context, with a row to spare for tokens left over."""
+        if self._rows == self._num_tokens:
+            return len(chunks) <= self._rows
+        tokens, longest = sum(chunk.count for chunk in chunks), max(chunk.first + chunk.count for chunk in chunks)
+        return len(chunks) < self._rows and tokens <= self._num_tokens and longest <= self._context
 
     def replay(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Logits [rows, vocabulary]; the first rows are those of the chunks. Valid until the next replay."""
-        vectors, _ = _Vectors.pack(chunks, self._block_size, self._rows)
+        """Logits [rows, vocabulary]; the first are those of the chunks that sample. Valid until the next replay."""
+        vectors, _ = _Vectors.pack(chunks, self._block_size, self._unused(chunks))
         tables = _tables(chunks, self._rows)
         self._vectors.copy_(to_device(vectors, self._vectors.device))
         self._tables[:, : tables.shape[1]] = to_device(tables, self._tables.device)
-        self._graph.replay()
+        self._replay()
         return self._logits
+
+
+def captured(compute: Callable[[], Tensor], device: torch.device, pool: Any) -> tuple[Callable[[], None], Tensor]:
+    """A function that computes again into the tensor beside it, which a CUDA graph does without the host."""
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        out = compute()
+    return graph.replay, out
 
 
 def _pinned_copy(tensor: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from rowint8.baseline_engine.tokenizer import Tokenizer, has_tokenizer
 CPU_CACHE_TOKENS = 16384
 GRAPH_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 16))
 """Numbers of sequences for which decode graphs are captured, as far as `max_seqs` allows."""
+PROMPT_SIZES = (32, 64, 128, 192, 256, 384, 512, 640, 768, 896, 1024)
+"""Numbers of tokens for which steps with prompts are captured, as far as `prompt_graph_tokens` allows."""
 _MAX_COMPILED = 64
 """Compiled graphs of a decoder layer kept in one process (torch's own limit is 8)."""
 
@@ -139,7 +141,9 @@ def _tokens_that_fit(model: Decoder, config: EngineConfig, probe: ModelRunner) -
 
 def _capture(runner: ModelRunner, config: EngineConfig) -> None:
     sizes = [size for size in GRAPH_SIZES if size < config.max_seqs] + [config.max_seqs]
+    most = min(config.prompt_graph_tokens, config.max_batch_tokens)
+    prompt_sizes = [size for size in PROMPT_SIZES if size <= most]
     try:
-        runner.capture(sizes)
+        runner.capture(sizes, prompt_sizes)
     except torch.OutOfMemoryError as error:
         raise EngineError("no memory for CUDA graphs; give a smaller memory_fraction or max_seqs") from error

@@ -60,6 +60,24 @@ def test_no_request_waits_for_a_kernel(folder, mode):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("quantization", ["none", "rowint8"])
+def test_prompts_in_graphs_say_what_they_say_without(folder, quantization):
+    """In bf16, as FlashAttention needs it: likelihoods of the first token and of one that follows a graph's step."""
+    limits = {"dtype": "bfloat16", "device": "cuda", "cache_tokens": 4096, "prompt_graph_tokens": 1024}
+    eager, graph = (engine_for(folder, quantization=quantization, mode=mode, **limits) for mode in ("eager", "graph"))
+    if not graph.runner.prompt_graphs:
+        pytest.skip("attention here captures no prompts")
+    for prompts in (prompts_of_ids(90), prompts_of_ids(3, 17, 1, 30), prompts_of_ids(*[20] * 40)):
+        params = SamplingParams(max_tokens=2, logprobs=5)
+        pairs = zip(eager.generate(prompts, params), graph.generate(prompts, params), strict=True)
+        for expected, got in pairs:
+            first, other = expected.logprobs[0].top, got.logprobs[0].top
+            for token in first.keys() & other.keys():
+                assert abs(first[token] - other[token]) < 0.05
+            assert len(first.keys() & other.keys()) >= 3
+
+
+@pytest.mark.gpu
 def test_graphs_survive_preemption_and_small_budgets(folder):
     prompts, params = prompts_of_ids(2, 11, 40, 5, 25, 33), SamplingParams(max_tokens=20)
     expected = tokens_of(engine_for(folder), prompts, params)

@@ -169,6 +169,7 @@ def test_half_precision_rounds_no_more_than_transformers_does(smollm2, dtype):
         ({"device": "meta"}, "device is 'meta'; accepted are auto, cpu, cuda"),
         ({"device": "cuda:99"}, "device is 'cuda:99'; torch finds"),
         ({"max_seqs": 0}, "max_seqs is 0; accepted is 1 or more"),
+        ({"prompt_graph_tokens": -1}, "prompt_graph_tokens is -1; accepted is 0 or more"),
         ({"memory_fraction": 1.5}, "memory_fraction is 1.5; accepted is above 0 and up to 1"),
         ({"max_context": 200}, "max_context is 200; the model and the KV cache take up to 128"),
         ({"max_context": 100, "cache_tokens": 64}, "max_context is 100; the model and the KV cache take up to 64"),
