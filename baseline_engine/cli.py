@@ -104,17 +104,17 @@ def generate(
         )
         config = EngineConfig(
             model,
-            quantization.value,
-            fused,
-            int8_lm_head,
-            mode.value,
-            dtype.value,
-            device,
-            max_seqs,
-            max_batch_tokens,
-            max_context,
-            cache_tokens,
-            memory_fraction,
+            quantization=quantization.value,
+            fused=fused,
+            int8_lm_head=int8_lm_head,
+            mode=mode.value,
+            dtype=dtype.value,
+            device=device,
+            max_seqs=max_seqs,
+            max_batch_tokens=max_batch_tokens,
+            max_context=max_context,
+            cache_tokens=cache_tokens,
+            memory_fraction=memory_fraction,
         )
         engine = Engine(config, progress=True)
         for _ in range(warmup):

@@ -12,7 +12,7 @@ and, where wanted,
     tie_by_weight  whether models tie their head as many did before vLLM 0.32
 
 A result is {"token_ids", "logprobs", "prompt_logprobs", "layers" (see `describe_layers`), "triton_calls",
-"swiglu_calls"} and, where they apply,
+"swiglu_calls", "norm_calls"} and, where they apply,
 
     ranks         the layers of every rank
     same_memory   whether every weight stayed where it was in a reload or a sleep
@@ -67,7 +67,7 @@ def _run(job: dict) -> dict:
     from rowint8.kernels import cpu
 
     triton = _use_triton() if job.get("triton") else None
-    swiglu = _Counted("swiglu", cpu.swiglu)
+    swiglu, norm = _Counted("swiglu", cpu.swiglu), _Counted("add_rms_norm", cpu.add_rms_norm)
     memory = {}
     with _patches(job, memory):
         llm = LLM(job["model"], **job["llm"])
@@ -95,6 +95,7 @@ def _run(job: dict) -> dict:
         "layers": ranks[0],
         "triton_calls": triton.calls if triton else 0,
         "swiglu_calls": swiglu.calls,
+        "norm_calls": norm.calls,
     }
     if len(ranks) > 1:
         result["ranks"] = ranks

@@ -22,11 +22,12 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from rowint8.kernels.ops import ACTIVATION_DTYPES
+from rowint8.vllm_plugin.norm import prefer_provider
 
 logger = init_logger(f"vllm.{__name__}")
 
-_FLAGS = {"serialized": True, "lm_head": False, "fuse_swiglu": True}
-_OPTIONS = ("quant_method", "serialized", "ignore", "lm_head", "fuse_swiglu")
+_FLAGS = {"serialized": True, "lm_head": False, "fuse_swiglu": True, "fuse_norm": False}
+_OPTIONS = ("quant_method", "serialized", "ignore", "lm_head", "fuse_swiglu", "fuse_norm")
 
 
 class RowInt8Config(QuantizationConfig):
@@ -38,12 +39,14 @@ class RowInt8Config(QuantizationConfig):
         ignore: list[str] | None = None,
         lm_head: bool = _FLAGS["lm_head"],
         fuse_swiglu: bool = _FLAGS["fuse_swiglu"],
+        fuse_norm: bool = _FLAGS["fuse_norm"],
     ) -> None:
         super().__init__()
         self.serialized = serialized
         self.ignore = ignore or []
         self.lm_head = lm_head
         self.fuse_swiglu = fuse_swiglu
+        self.fuse_norm = fuse_norm
 
     def get_name(self) -> Any:
         return "rowint8"
@@ -101,6 +104,8 @@ class RowInt8Config(QuantizationConfig):
             return None
         if self._ignores(prefix) or _is_router(layer, prefix):
             return UnquantizedLinearMethod()
+        if self.fuse_norm:
+            prefer_provider()
         return RowInt8LinearMethod(prefix, self.serialized, self.fuse_swiglu)
 
     def _ignores(self, prefix: str) -> bool:

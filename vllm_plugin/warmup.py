@@ -18,7 +18,7 @@ def warm_up(method: Any, layer: Any) -> None:
     if weight.device.type == "cuda":
         ops = ("linear", "swiglu") if method.is_gate_up else ("linear",)
         has_bias = applies_bias(layer, method.k_is_split)
-        _ready(ops, *weight.shape, has_bias, method.dtype, weight.device, method.max_tokens)
+        ready(ops, *weight.shape, has_bias, method.dtype, weight.device, method.max_tokens)
 
 
 def applies_bias(layer: Any, k_is_split: bool) -> bool:
@@ -28,9 +28,10 @@ def applies_bias(layer: Any, k_is_split: bool) -> bool:
 
 
 @cache
-def _ready(
+def ready(
     ops: tuple, n: int, k: int, has_bias: bool, dtype: torch.dtype, device: torch.device, max_tokens: int
 ) -> None:
+    """Compiles what `ops` may launch for an [n, k] weight, or a norm's [k] where n = k, and up to so many tokens."""
     from rowint8.kernels.warmup import WeightShape, warmup
 
     weights = [WeightShape(op, n, k, has_bias and op == "linear") for op in ops]
