@@ -151,7 +151,9 @@ class RmsNorm(nn.Module):
         """(norm(x + residual), x + residual)."""
         if self.fused:
             return ops.add_rms_norm(x, residual, self.weight, self.eps)
-        residual = x + residual
+        # The same sum, in fp32, is one that Inductor does not hand to the product in front, which copies the residual.
+        compiling = torch.compiler.is_compiling()
+        residual = (x.float() + residual).to(x.dtype) if compiling else x + residual
         return self(residual), residual
 
 

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
+from rowint8.baseline_engine.layers import RmsNorm, WeightFormat
 from rowint8.baseline_engine.sampler import SamplingParams
 from rowint8.eval.bench_vllm_probe import Compilations
 from tests.engine_harness import assert_all_memory_returned, engine_for, tokens_of
@@ -28,6 +30,21 @@ def test_compiled_equals_eager_and_compiles_nothing_once_it_has_started(folder, 
         assert tokens_of(engine, prompts, SamplingParams(max_tokens=12)) == expected
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     assert_all_memory_returned(engine)
+
+
+def test_a_compiled_sum_is_no_part_of_the_product_before_it():
+    form = WeightFormat(torch.bfloat16, torch.device("cpu"), int8=False)
+    norm, product = RmsNorm(64, 1e-5, form), torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
+    torch.nn.init.ones_(norm.weight)
+    x, residual = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def layer(x, residual):
+        return norm.add(product(x), residual)
+
+    with torch.inference_mode():
+        (_, total), code = run_and_get_code(torch.compile(layer), x, residual)
+        assert "addmm" not in "".join(code)
+        torch.testing.assert_close(total, layer(x, residual)[1], rtol=0, atol=0)
 
 
 @pytest.mark.gpu
