@@ -21,6 +21,9 @@ Read it in this order; a request passes through the files the same way (docs/eng
 and, once at the start:
 
     startup       load, choose, measure memory, compile, capture
-    config        what a config.json says, checked
+    config        what the user asks for, checked
+    model_config  what a config.json says, checked
     checkpoint    safetensors into the model, quantized on the way; and back
+
+Besides: errors, progress (a bar) and transfer (lists to the device).
 """

@@ -15,7 +15,7 @@ from rowint8.baseline_engine.errors import EngineError
 from rowint8.baseline_engine.request import Request, TokenEvent
 from rowint8.baseline_engine.sampler import SamplingParams
 
-Deliver = Callable[[TokenEvent | BaseException], None]
+Deliver = Callable[[TokenEvent | EngineError], None]
 
 
 class AsyncEngine:
@@ -49,12 +49,12 @@ class AsyncEngine:
         """The events of one request as they come. Leaving the loop early, or its cancellation, aborts the request.
 
         Raises:
-            EngineError: as `Engine.add`; or the engine failed.
+            EngineError: as `Engine.add`; or the engine failed, or was stopped before the request ended.
         """
         request = self._engine.make_request(prompt, params, chat=chat, index=next(self._indices))
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
 
-        def deliver(event: TokenEvent | BaseException) -> None:
+        def deliver(event: TokenEvent | EngineError) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         with self._lock:
@@ -64,8 +64,8 @@ class AsyncEngine:
         try:
             while True:
                 event = await events.get()
-                if isinstance(event, BaseException):
-                    raise EngineError(f"the engine failed: {event}") from event
+                if isinstance(event, EngineError):
+                    raise event
                 yield event
                 if event.finish_reason is not None:
                     return
@@ -81,9 +81,11 @@ class AsyncEngine:
         self._engine.abort(request)
 
     def _stop(self) -> None:
-        self._accepting = False
+        with self._lock:
+            self._accepting = False
 
     def _serve(self) -> None:
+        end = EngineError("the engine was stopped")
         try:
             while self._accepting:
                 if not self._engine.has_work:
@@ -92,12 +94,14 @@ class AsyncEngine:
                 for event in self._engine.step():
                     if event.request in self._listeners:
                         self._listeners[event.request](event)
-        except Exception as error:  # whoever waits must learn of it
-            with self._lock:
-                self._accepting = False
-            self._obey()
-            for deliver in self._listeners.values():
-                deliver(error)
+        except Exception as error:
+            end = EngineError(f"the engine failed: {error}")
+            end.__cause__ = error
+        self._stop()
+        self._obey()
+        for deliver in self._listeners.values():  # whoever still waits must learn of it
+            deliver(end)
+        self._engine.abort_all()
 
     def _obey(self) -> None:
         while not self._commands.empty():

@@ -6,7 +6,8 @@
     torch     everywhere                                    torch's SDPA over keys and values gathered from the blocks
 
 `choose` takes the first that applies, once, when the engine starts; the choice is `Engine.attention_name`. Both can be
-captured in a CUDA graph for decode steps: lengths and tables are read on the device. flash3 also can for prompts.
+captured in a CUDA graph for decode steps: lengths and tables are read on the device. There torch reads as
+many keys a row as the context has at most. flash3 also serves captured prompts.
 """
 
 import importlib
@@ -20,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rowint8.baseline_engine.config import ModelConfig
 from rowint8.baseline_engine.model import Attend
+from rowint8.baseline_engine.model_config import ModelConfig
 
 _GRAPH_SPLITS = 32
 """Most pieces into which FlashAttention cuts a row's keys in a captured decode step, which cannot see their number."""

@@ -15,10 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rowint8.baseline_engine.config import ModelConfig
 from rowint8.baseline_engine.errors import EngineError
 from rowint8.baseline_engine.layers import Int8Linear, Slot, WeightFormat, copy_slot
 from rowint8.baseline_engine.model import Decoder
+from rowint8.baseline_engine.model_config import ModelConfig
 from rowint8.baseline_engine.progress import progress_bar
 
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")

@@ -74,7 +74,7 @@ def generate(
         Mode, typer.Option(help="compile: torch.compile the layers at start; graph: CUDA graphs for decoding, too.")
     ] = Mode.eager,
     dtype: Annotated[Dtype, typer.Option(help="Of activations; auto is the checkpoint's.")] = Dtype.auto,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes a GPU if there is one.")] = "auto",
     max_seqs: Annotated[int, typer.Option(help="Most prompts that run at the same time.")] = 256,
     max_batch_tokens: Annotated[int, typer.Option(help="Most tokens a step computes.")] = 8192,
     max_context: Annotated[

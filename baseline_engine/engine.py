@@ -89,6 +89,14 @@ class Engine:
             request.finish_reason = "abort"
             self.scheduler.finish(request)
 
+    def abort_all(self) -> None:
+        """Ends every request; the tokens of a step in flight are dropped."""
+        for request in [*self.scheduler.running, *self.scheduler.waiting]:
+            self.abort(request)
+        if self._in_flight:
+            self._record(self._in_flight)
+            self._in_flight = None
+
     def step(self) -> list[TokenEvent]:
         """Moves every request that can run on by one step; the tokens that reached the host."""
         with self.times.measure("schedule"):
@@ -158,11 +166,7 @@ class Engine:
         try:
             self._run(requests, on_token)
         finally:  # also when interrupted, or when on_token raises
-            for request in requests:
-                self.abort(request)
-            if self._in_flight:
-                self._record(self._in_flight)
-                self._in_flight = None
+            self.abort_all()
         wall = perf_counter() - start
         completions = [self.complete(request) for request in requests]
         self.metrics = RunMetrics(

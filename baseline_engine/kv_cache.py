@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rowint8.baseline_engine.config import ModelConfig
+from rowint8.baseline_engine.model_config import ModelConfig
 
 
 class KvCache:

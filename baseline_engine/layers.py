@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rowint8.baseline_engine.config import ModelConfig
+from rowint8.baseline_engine.model_config import ModelConfig
 from rowint8.kernels import ops
 from rowint8.kernels.quantize import quantize_rowwise
 

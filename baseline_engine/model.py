@@ -6,7 +6,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from rowint8.baseline_engine.config import ModelConfig
 from rowint8.baseline_engine.kv_cache import KvCache
 from rowint8.baseline_engine.layers import (
     Attention,
@@ -19,6 +18,7 @@ from rowint8.baseline_engine.layers import (
     rope_frequencies,
     rotation,
 )
+from rowint8.baseline_engine.model_config import ModelConfig
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(queries [T, heads, D], keys, values of one layer's cache) -> [T, heads, D]; see `attention`."""

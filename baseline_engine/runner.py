@@ -29,7 +29,7 @@ from rowint8.baseline_engine.scheduler import Chunk
 from rowint8.baseline_engine.transfer import to_device
 
 PROMPT_ROWS = 64
-"""Most sequences of a captured step with prompts."""
+"""Rows of a captured step with prompts: one more than the most sequences, for tokens left over."""
 PROMPT_CONTEXT = 4096
 """Longest context in such a step. Its attention is not split over the keys, which a long context needs."""
 
@@ -190,9 +190,8 @@ class ModelRunner:
     def run_empty(self, num_tokens: int) -> None:
         """Runs the model over one made-up sequence in the scratch block: to compile it, or to see its memory."""
         blocks = -(-num_tokens // self.cache.block_size)
-        parts: list[Any] = [[0] * num_tokens, [-1] * num_tokens, range(num_tokens), [0] * num_tokens]
-        parts += [[num_tokens], [0, num_tokens], [num_tokens - 1]]
-        vectors = _Vectors(*(to_device(list(part), self.device) for part in parts))
+        packed, sizes = _Vectors.pack([], self.cache.block_size, [num_tokens])
+        vectors = _Vectors(*to_device(packed, self.device).split(sizes))
         tables = torch.full((1, blocks), SCRATCH_BLOCK, dtype=torch.int32, device=self.device)
         self.compute(vectors, Layout(vectors.query_start, vectors.seq_lens, tables, [num_tokens], [num_tokens]))
 
@@ -202,23 +201,25 @@ class ModelRunner:
         the attention can; they share one memory pool, the largest first."""
         pool = torch.cuda.graph_pool_handle()
         if self.attention.captures_prompts:
-            prompts = [StepGraph(self, min(PROMPT_ROWS, size // 2), size, pool) for size in sorted(prompt_sizes)[::-1]]
+            most = min(PROMPT_ROWS, len(self.sampled) + 1)
+            prompts = [StepGraph(self, min(most, size // 2), size, pool) for size in sorted(prompt_sizes)[::-1]]
             self.prompt_graphs = prompts[::-1]
-        captured = {rows: StepGraph(self, rows, rows, pool) for rows in sorted(sizes, reverse=True)}
-        self.graphs = dict(sorted(captured.items()))
+        graphs = {rows: StepGraph(self, rows, rows, pool) for rows in sorted(sizes, reverse=True)}
+        self.graphs = dict(sorted(graphs.items()))
 
 
 class StepGraph:
     """A step of up to `rows` sequences as a CUDA graph (their launches cost one launch): decoding, with as many tokens
     as rows, or with prompts, of more tokens than rows.
 
-    A graph reads and writes fixed addresses: inputs are copied to where it reads them, and what exceeds the chunks
-    computes on the scratch block: a token in each row left over, or all tokens left over in one row.
+    A graph reads and writes fixed addresses: inputs are copied to where it reads them. What exceeds the chunks writes
+    to the scratch block (a token in each row left over, or all tokens left over in one row) and is not looked at.
     """
 
     def __init__(self, runner: ModelRunner, rows: int, num_tokens: int, pool: Any):
         self._rows, self._num_tokens, self._block_size = rows, num_tokens, runner.cache.block_size
-        self._context = runner.context if rows == num_tokens else min(runner.context, PROMPT_CONTEXT)
+        self._decodes = rows == num_tokens
+        self._context = runner.context if self._decodes else min(runner.context, PROMPT_CONTEXT)
         width = -(-max(self._context, num_tokens) // self._block_size)
         unused = self._unused([])
         empty, sizes = _Vectors.pack([], self._block_size, unused)
@@ -228,18 +229,18 @@ class StepGraph:
         longest = [width * self._block_size] * rows
         layout = Layout(vectors.query_start, vectors.seq_lens, self._tables, unused, longest, captured=True)
         runner.compute(vectors, layout)  # allocates workspaces and compiles what is not compiled yet
-        self._replay, self._logits = captured(lambda: runner.compute(vectors, layout), runner.device, pool)
+        self._replay, self._logits = capture_graph(lambda: runner.compute(vectors, layout), runner.device, pool)
 
     def _unused(self, chunks: Sequence[Chunk]) -> list[int]:
         """Tokens of each of the rows left over."""
         rows = self._rows - len(chunks)
-        if self._rows == self._num_tokens:
+        if self._decodes:
             return [1] * rows
         return [self._num_tokens - sum(chunk.count for chunk in chunks), *[0] * (rows - 1)]
 
     def fits(self, chunks: Sequence[Chunk]) -> bool:
         """Whether the step has few enough sequences, tokens and context, with a row to spare for tokens left over."""
-        if self._rows == self._num_tokens:
+        if self._decodes:
             return len(chunks) <= self._rows
         tokens, longest = sum(chunk.count for chunk in chunks), max(chunk.first + chunk.count for chunk in chunks)
         return len(chunks) < self._rows and tokens <= self._num_tokens and longest <= self._context
@@ -254,7 +255,7 @@ class StepGraph:
         return self._logits
 
 
-def captured(compute: Callable[[], Tensor], device: torch.device, pool: Any) -> tuple[Callable[[], None], Tensor]:
+def capture_graph(compute: Callable[[], Tensor], device: torch.device, pool: Any) -> tuple[Callable[[], None], Tensor]:
     """A function that computes again into the tensor beside it, which a CUDA graph does without the host."""
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()

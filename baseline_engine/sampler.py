@@ -120,7 +120,7 @@ def sample(logits: Tensor, states: Sequence[SamplingState], tokens_so_far: Seque
             tokens[index] = draw(choices[index], [states[row] for row in rows], restricted)
     for row, state in enumerate(states):
         if state.seen is not None:
-            state.seen[tokens[row]] = True
+            state.seen.index_fill_(0, tokens[row : row + 1], True)  # an index of no dimension would wait for the device
     return Sampled(tokens, *_logprobs(logits, tokens, states))
 
 

@@ -47,6 +47,7 @@ def score(engine: Engine, texts: Sequence[Text]) -> list[Score]:
     if engine.has_work:
         raise EngineError("the engine has requests; score when they are complete")
     for index, (tokens, start) in enumerate(texts):
+        engine.encode(tokens)
         if not 1 <= start < len(tokens):
             raise EngineError(f"text {index + 1} starts at {start} of {len(tokens)}; give 1 to its last token's index")
     scheduler = Scheduler(

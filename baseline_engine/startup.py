@@ -8,11 +8,12 @@ from torch.fx.experimental import _config as fx_config
 
 from rowint8.baseline_engine import attention
 from rowint8.baseline_engine.checkpoint import load_model, resolve_folder
-from rowint8.baseline_engine.config import EngineConfig, ModelConfig
+from rowint8.baseline_engine.config import EngineConfig
 from rowint8.baseline_engine.errors import EngineError, SettingError
 from rowint8.baseline_engine.kv_cache import KvCache
 from rowint8.baseline_engine.layers import Int8Linear, WeightFormat
 from rowint8.baseline_engine.model import Decoder
+from rowint8.baseline_engine.model_config import ModelConfig
 from rowint8.baseline_engine.runner import ModelRunner
 from rowint8.baseline_engine.tokenizer import Tokenizer, has_tokenizer
 
@@ -101,7 +102,10 @@ def _warm_up(model: Decoder, config: EngineConfig) -> float:
     calls = [WeightShape(op, *part.values.shape, has_bias=part.bias is not None) for op, part in products]
     if layer.post_norm.fused:
         calls.append(WeightShape("add_rms_norm", model.config.hidden_size, model.config.hidden_size))
-    seconds = warmup(calls, model.form.dtype, model.form.device, config.max_batch_tokens).seconds
+    try:
+        seconds = warmup(calls, model.form.dtype, model.form.device, config.max_batch_tokens).seconds
+    except ValueError as error:  # a damaged file of tiles, or a card that no kernel is for
+        raise EngineError(str(error)) from error
     if isinstance(model.lm_head, Int8Linear):
         n, k = model.lm_head.values.shape
         seconds += warmup([WeightShape("linear", n, k)], model.form.dtype, model.form.device, config.max_seqs).seconds
@@ -146,4 +150,6 @@ def _capture(runner: ModelRunner, config: EngineConfig) -> None:
     try:
         runner.capture(sizes, prompt_sizes)
     except torch.OutOfMemoryError as error:
-        raise EngineError("no memory for CUDA graphs; give a smaller memory_fraction or max_seqs") from error
+        raise EngineError(
+            "no memory for CUDA graphs; give a smaller max_context, max_seqs or memory_fraction"
+        ) from error

@@ -1,9 +1,9 @@
 """Speed and memory of the small engine, rung by rung, and of another engine beside it on the same requests.
 
 Every setup runs in a process of its own (`bench_engine_worker`). The ladder: plain torch, torch.compile, CUDA graphs,
-INT8 weights, INT8 with SwiGLU and norms fused; each rung keeps what the one before it has. Requests of a workload are
-handed in together and decoded greedily, with nothing cached. Each workload runs once unmeasured, then medians count;
-the throughput workload, which is long and comes last, runs just once.
+INT8 weights, INT8 with SwiGLU and norms fused, prompts in graphs too; each rung keeps what the one before it has.
+Requests of a workload are handed in together and decoded greedily, with nothing cached. Each workload runs once
+unmeasured, then medians count; the throughput workload, which is long and comes last, runs just once.
 """
 
 import random
@@ -51,6 +51,7 @@ def setups(gpu: bool) -> dict[str, Setup]:
         **({"bf16-graph": {"mode": "graph"}} if gpu else {}),
         "int8": {**_INT8, "mode": best, "fused": False},
         "int8-fused": {**_INT8, "mode": best, "fused": True},
+        **({"int8-fused-prompts": {**_INT8, "mode": best, "fused": True, "prompt_graph_tokens": 1024}} if gpu else {}),
         "int8-fused-lm-head": {**_INT8, "mode": best, "fused": True, "int8_lm_head": True},
     }
     found = {name: Setup("baseline", arguments) for name, arguments in rungs.items()}

@@ -66,8 +66,8 @@ def random_model(config: Any) -> Any:
     """A model of the folder's config.json with normal random weights of variance 1 / K, made on the device."""
     import torch
 
-    from rowint8.baseline_engine.config import ModelConfig
     from rowint8.baseline_engine.model import Decoder
+    from rowint8.baseline_engine.model_config import ModelConfig
     from rowint8.baseline_engine.startup import weight_format
 
     device = config.torch_device()
@@ -123,7 +123,7 @@ def start_transformers(arguments: dict[str, Any], dummy: bool) -> tuple[Generate
 
 
 def start_vllm(arguments: dict[str, Any], dummy: bool) -> tuple[Generate, Callable[[], tuple[int, int]]]:
-    """vLLM as `bench vllm` runs it; functions as those of `start_baseline`."""
+    """vLLM, its engine core in a process of its own as always; functions as those of `start_baseline`."""
     from vllm import LLM
 
     from rowint8.eval.bench_vllm_worker import PROBE, generate

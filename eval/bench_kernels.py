@@ -33,7 +33,7 @@ from rowint8.eval.bench_budget import Budget
 from rowint8.eval.bench_compile import MODES, compile_logged
 from rowint8.eval.bench_gemlite import compile_ahead
 from rowint8.eval.bench_shapes import Op, Shape
-from rowint8.eval.bench_timing import Call, graph_us
+from rowint8.eval.bench_timing import Call, graph_us, rotated_copies
 from rowint8.eval.kernel_peers import Product
 from rowint8.eval.schema import Compilation, KernelRow
 from rowint8.kernels import ops
@@ -51,7 +51,6 @@ READY_S: dict[str, float] = {
 """Seconds each may spend in a run on packing weights, compiling and tuning; see `Budget`."""
 
 _CUBLAS = {torch.bfloat16: "cublas_bf16", torch.float16: "cublas_fp16"}
-_ROTATE_BYTES = 512 << 20
 _NORM_CALLS = 20
 _HOST_CALLS = 64
 """Few enough for the GPU's queue, so that none waits for room in it."""
@@ -100,7 +99,7 @@ class KernelBench:
             yield from (self._product_rows if shape in products else self._norm_rows)(shape, tokens)
 
     def _product_rows(self, shape: Shape, tokens: Sequence[int]) -> Iterator[KernelRow]:
-        dense = [self._random(shape.n, shape.k) * shape.k**-0.5 for _ in range(_copies(shape.n, shape.k))]
+        dense = [self._random(shape.n, shape.k) * shape.k**-0.5 for _ in range(rotated_copies(shape.n, shape.k))]
         int8 = [quantize_rowwise(weight) for weight in dense]
         made = {name: self._made(name, shape, int8) for name in self._peers}
         for m in tokens:
@@ -239,7 +238,3 @@ def _followed_by(activation: Callable[[Tensor], Tensor], products: Candidates) -
 
 def _chain(call: Call, activation: Callable[[Tensor], Tensor]) -> Tensor:
     return activation(call())
-
-
-def _copies(n: int, k: int) -> int:
-    return max(2, min(32, _ROTATE_BYTES // (n * k)))

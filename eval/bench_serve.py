@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.table import Table
 
+from rowint8.eval.bench_shapes import is_count
 from rowint8.eval.bench_vllm_setups import SETUPS
 from rowint8.eval.console import compact_table
 from rowint8.eval.errors import EvalError
@@ -65,7 +66,7 @@ def parse_goodput(text: str) -> dict[str, float]:
         EvalError: it is something else.
     """
     pairs = [part.split(":") for part in text.split(",")]
-    if not all(len(pair) == 2 and pair[0] in LIMITS and pair[1].isdigit() and int(pair[1]) for pair in pairs):
+    if not all(len(pair) == 2 and pair[0] in LIMITS and is_count(pair[1]) for pair in pairs):
         raise EvalError(f"--goodput is {text}; accepted are NAME:MS of {', '.join(LIMITS)}, such as ttft:200,tpot:50")
     return {name: float(limit) for name, limit in pairs}
 

@@ -65,6 +65,11 @@ def select_shapes(names: str) -> list[Shape]:
     return list(dict.fromkeys(shape for name in chosen for shape in SHAPES[name]))
 
 
+def is_count(text: str) -> bool:
+    """Whether it is a whole number above 0, in plain digits."""
+    return text.isascii() and text.isdecimal() and int(text) > 0
+
+
 def parse_tokens(text: str) -> tuple[int, ...]:
     """Comma-separated numbers of tokens.
 
@@ -72,6 +77,6 @@ def parse_tokens(text: str) -> tuple[int, ...]:
         EvalError: one is no whole number above 0.
     """
     parts = text.split(",")
-    if bad := [part for part in parts if not part.isascii() or not part.isdecimal() or int(part) == 0]:
+    if bad := [part for part in parts if not is_count(part)]:
         raise EvalError(f"--tokens has {', '.join(map(repr, bad))}; give whole numbers above 0, such as 1,16,128")
     return tuple(map(int, parts))

@@ -34,9 +34,13 @@ def limit_us(row: KernelRow, ceilings: Ceilings) -> float:
     return max(bytes_moved(row) / (ceilings.read_tb_s * 1e6), operations(row) / (ceilings.bf16_tflop_s * 1e6))
 
 
-def best_other(row: KernelRow) -> str:
-    """Name of the fastest that the row has besides rowint8."""
-    return min((name for name in row.us if name != "rowint8"), key=row.us.__getitem__)
+def best_peer(row: KernelRow, prefixes: tuple[str, ...] = ("",)) -> str | None:
+    """Name of the fastest that is not made of our kernels, of those that begin so; None where there is none.
+
+    "unfused" is our product followed by SiLU and multiplication.
+    """
+    names = [name for name in row.us if not name.startswith(("rowint8", "unfused")) and name.startswith(prefixes)]
+    return min(names, key=row.us.__getitem__, default=None)
 
 
 def kernel_tables(rows: Sequence[KernelRow], ceilings: Ceilings) -> list[Table]:
@@ -58,13 +62,13 @@ def _table(op: str, rows: Sequence[KernelRow], ceilings: Ceilings) -> Table:
     for heading in ("M", "rowint8", *others, "vs best", "host us", "GB/s", "TFLOP/s", "of limit"):
         table.add_column(heading, justify="right")
     for row in rows:
-        ours, best = row.us["rowint8"], best_other(row)
+        ours, best = row.us["rowint8"], best_peer(row)
         table.add_row(
             row.shape,
             str(row.M),
             f"{ours:.1f}",
             *(f"{row.us[name]:.1f}" if name in row.us else "" for name in others),
-            f"{ours / row.us[best]:.2f} {best}",
+            f"{ours / row.us[best]:.2f} {best}" if best else "",
             f"{row.host_us['rowint8']:.0f}" if row.host_us else "",
             f"{bytes_moved(row) / ours / 1e3:.0f}",
             f"{operations(row) / ours / 1e6:.1f}" if operations(row) else "",

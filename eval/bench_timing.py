@@ -18,6 +18,7 @@ Call = Callable[[], Any]
 REPLAYS = 7
 _MATMUL = 8192
 _READ_BYTES = 4 << 30
+_ROTATED_BYTES = 512 << 20
 
 
 def graph_us(calls: Sequence[Call]) -> tuple[float, float]:
@@ -42,6 +43,11 @@ def _replay_us(graph: torch.cuda.CUDAGraph) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) * 1000
+
+
+def rotated_copies(n: int, k: int) -> int:
+    """How many INT8 [n, k] weights to take turns with, so that none is found in the L2 cache."""
+    return max(2, min(32, _ROTATED_BYTES // (n * k)))
 
 
 def measure_ceilings() -> Ceilings:

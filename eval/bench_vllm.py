@@ -5,11 +5,7 @@ of its workloads. Requests of a workload are handed in together and decoded gree
 workload runs once unmeasured. What the numbers mean is defined in `baseline_engine.metrics`.
 """
 
-import json
 import statistics
-import subprocess
-import sys
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,12 +15,12 @@ from typing import Any
 from rich.table import Table
 
 from rowint8.baseline_engine.metrics import RequestMetrics, RunMetrics, speedup
+from rowint8.eval.bench_shapes import is_count
 from rowint8.eval.bench_vllm_setups import Setup
 from rowint8.eval.console import compact_table
 from rowint8.eval.errors import EvalError
-from rowint8.eval.processes import failure, vllm_environment
+from rowint8.eval.processes import run_worker, vllm_environment
 from rowint8.eval.schema import GIB, VllmRow
-from rowint8.eval.serve import stop
 
 DEFAULT_WORKLOADS = "1x128x128,8x128x128,32x128x128,128x128x128,8x1024x1,1x2048x1"
 BASE = "bf16"
@@ -56,7 +52,7 @@ def parse_workloads(text: str) -> list[Workload]:
         EvalError: it is something else.
     """
     parts = [part.split("x") for part in text.split(",")]
-    if not all(len(part) == 3 and all(number.isdigit() and int(number) for number in part) for part in parts):
+    if not all(len(part) == 3 and all(map(is_count, part)) for part in parts):
         raise EvalError(f"--workloads is {text}; accepted are BATCHxPROMPTxOUTPUT, such as {DEFAULT_WORKLOADS}")
     return [Workload(*map(int, part)) for part in parts]
 
@@ -82,51 +78,14 @@ def llm_arguments(model: Path, workloads: Sequence[Workload], tensor_parallel_si
 def run_setup(setup: Setup, llm: dict[str, Any], workloads: Sequence[Workload], repeats: int) -> dict[str, Any]:
     """Measures one setup in a new process; returns what `bench_vllm_worker.bench` does.
 
-    Nothing is left running. A result that was written counts even if vLLM then fails to stop.
-
     Raises:
         EvalError: the setup failed or took too long; the message holds the first error and the end of its log.
     """
     sizes = [[workload.batch, workload.prompt_tokens, workload.output_tokens] for workload in workloads]
-    request = json.dumps({"llm": {**llm, **setup.llm}, "workloads": sizes, "repeats": repeats})
-    with tempfile.TemporaryDirectory() as scratch:
-        result, log = Path(scratch) / "result.json", Path(scratch) / "log"
-        command = [sys.executable, "-m", "rowint8.eval.bench_vllm_worker", str(result)]
-        returncode = _run(command, {**_environment(), **setup.env}, request, log)
-        if not result.exists():
-            raise EvalError(failure(command, returncode, _without_warnings(log.read_text(errors="replace"))))
-        return json.loads(result.read_text())
-
-
-def _run(command: Sequence[str], env: dict[str, str], stdin: str, log: Path) -> int | None:
-    """Runs a command and ends all processes of its session; its exit status, None where it took too long."""
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            command,
-            env=env,
-            stdin=subprocess.PIPE,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            process.communicate(stdin, SETUP_TIMEOUT)
-            return process.returncode
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            stop(process, timeout=0)
-
-
-def _environment() -> dict[str, str]:
-    """On the CPU all cores, as nothing is served. The engine core has a process of its own, as everywhere in vLLM."""
-    return {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", **vllm_environment()}
-
-
-def _without_warnings(log: str) -> str:
-    """vLLM writes the traceback of a missing tokenizer as a warning: no error to show."""
-    return "".join(line for line in log.splitlines(keepends=True) if " WARNING " not in line)
+    request = {"llm": {**llm, **setup.llm}, "workloads": sizes, "repeats": repeats}
+    # On the CPU all cores, as nothing is served. The engine core has a process of its own, as everywhere in vLLM.
+    environment = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", **vllm_environment(), **setup.env}
+    return run_worker("bench_vllm_worker", request, environment, SETUP_TIMEOUT)
 
 
 def setup_rows(setup: str, workloads: Sequence[Workload], result: dict[str, Any], ranks: int) -> list[VllmRow]:

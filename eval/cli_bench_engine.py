@@ -6,16 +6,16 @@ from typing import Annotated, Any, Optional
 import typer
 
 from rowint8.eval.cli_model import Config, Layers, Model
-from rowint8.eval.cli_output import Append, Json, Kept, err, say, warn_if_busy
-from rowint8.eval.errors import EvalError
+from rowint8.eval.cli_output import Append, Json, Kept, say, warn_if_busy
 
 
 def bench_engine(
     setups: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="Comma-separated: bf16-eager, bf16-compile, bf16-graph, int8, int8-fused, int8-fused-lm-head, "
-            "vllm-bf16, vllm-rowint8 (GPU), transformers-bf16 (CPU). Default: all that run here."
+            help="Comma-separated: bf16-eager, bf16-compile, bf16-graph (GPU), int8, int8-fused, "
+            "int8-fused-prompts (GPU), int8-fused-lm-head, vllm-bf16, vllm-rowint8 (GPU), transformers-bf16 (CPU). "
+            "Default: all that run here."
         ),
     ] = None,
     model: Model = None,
@@ -48,20 +48,15 @@ def bench_engine(
     sizes = parse_workloads(workloads or job.DEFAULT_WORKLOADS)
     warn_if_busy()
     kept = Kept(json_file, EngineRow, append, [job.row_setup(name) for name in names])
-    failed = []
     with model_folder(model, config, layers) as (folder, loading):
         vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
         requests = [job.uniform_requests(size, vocab_size) for size in sizes]
         requests += [job.throughput_requests(vocab_size, sequences)] if sequences else []
-        for number, name in enumerate(names, 1):
-            try:
-                with err.status(f"{name} ({number} of {len(names)})"):
-                    result = job.run_setup(known[name], folder, bool(loading), requests, repeats)
-                rows = job.setup_rows(name, known[name].engine, requests, result)
-            except EvalError as error:
-                failed.append(name)
-                say(f"{name}: {error}")
-                continue
+
+        def run(name: str) -> list[EngineRow]:
+            result = job.run_setup(known[name], folder, bool(loading), requests, repeats)
             say(f"{name}: started in {result['start_s']:.0f} s")
-            kept.add(rows)
+            return job.setup_rows(name, known[name].engine, requests, result)
+
+        failed = kept.measure(names, run)
     kept.finish(failed, job.ladder_table)

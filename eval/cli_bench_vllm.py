@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 import typer
 
 from rowint8.eval.cli_model import Config, Layers, Model
-from rowint8.eval.cli_output import Append, Json, Kept, err, say, warn_if_busy
+from rowint8.eval.cli_output import Append, Json, Kept, say, warn_if_busy
 from rowint8.eval.errors import EvalError
 
 TensorParallelSize = Annotated[int, typer.Option(min=1, help="GPUs that a model is split over.")]
@@ -17,7 +17,8 @@ def bench_vllm(
     setups: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="Comma-separated: bf16, rowint8, rowint8-unfused, rowint8-lm-head, fp8, w8a16, humming. Default: all."
+            help="Comma-separated: bf16, rowint8, rowint8-unfused, rowint8-norm, rowint8-lm-head, fp8, w8a16, "
+            "humming. Default: all."
         ),
     ] = None,
     model: Model = None,
@@ -48,21 +49,16 @@ def bench_vllm(
     sizes = job.parse_workloads(workloads or job.DEFAULT_WORKLOADS)
     warn_if_busy()
     kept = Kept(json_file, VllmRow, append, names)
-    failed = []
     with model_folder(model, config, layers) as (folder, loading):
         llm = {**loading, **job.llm_arguments(folder, sizes, tensor_parallel_size, enforce_eager)}
-        for number, name in enumerate(names, 1):
+
+        def run(name: str) -> list[VllmRow]:
             start = time.monotonic()
-            try:
-                with err.status(f"{name} ({number} of {len(names)}): starting vLLM, measuring"):
-                    result = job.run_setup(SETUPS[name], llm, sizes, repeats)
-                found = job.setup_rows(name, sizes, result, tensor_parallel_size)
-            except EvalError as error:
-                failed.append(name)
-                say(f"{name}: {error}")
-                continue
-            say(job.summary(found, time.monotonic() - start))
-            kept.add(found)
+            rows = job.setup_rows(name, sizes, job.run_setup(SETUPS[name], llm, sizes, repeats), tensor_parallel_size)
+            say(job.summary(rows, time.monotonic() - start))
+            return rows
+
+        failed = kept.measure(names, run)
     kept.finish(failed, job.speed_table, job.setup_table)
 
 
@@ -70,7 +66,7 @@ def bench_serve(
     setups: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="Comma-separated: bf16, rowint8, rowint8-unfused, rowint8-lm-head, fp8, w8a16. "
+            help="Comma-separated: bf16, rowint8, rowint8-unfused, rowint8-norm, rowint8-lm-head, fp8, w8a16. "
             "Default: bf16,rowint8,fp8."
         ),
     ] = None,
@@ -100,22 +96,11 @@ def bench_serve(
     load = job.Load(prompt_tokens, output_tokens, seconds, job.parse_goodput(goodput))
     warn_if_busy()
     kept = Kept(json_file, ServeRow, append, names)
-    failed = []
     with model_folder(model, config, layers) as (folder, loading):
         if model is None:
             job.write_tokenizer(folder)
         arguments = {**loading, **job.server_arguments(load, tensor_parallel_size, enforce_eager)}
-        for number, name in enumerate(names, 1):
-            try:
-                with err.status(f"{name} ({number} of {len(names)}): starting the server") as status:
-                    for row in job.run_setup(name, folder, arguments, sent_at, load):
-                        kept.add([row])
-                        status.update(f"{name} ({number} of {len(names)}): {row.request_rate:g} requests/s done")
-            except EvalError as error:
-                failed.append(name)
-                say(f"{name}: {error}")
-                continue
-            say(f"{name}: done")
+        failed = kept.measure(names, lambda name: job.run_setup(name, folder, arguments, sent_at, load))
     kept.finish(failed, job.serve_table)
 
 

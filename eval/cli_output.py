@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -100,6 +100,19 @@ class Kept:
         self.rows += rows
         if self.path is not None and rows:
             save(self.path, self.rows, after=self._after)
+
+    def measure(self, setups: Sequence[str], run: Callable[[str], Iterable]) -> list[str]:
+        """Adds the rows of each setup as they come; the setups that failed, and why is said."""
+        failed = []
+        for number, name in enumerate(setups, 1):
+            try:
+                with err.status(f"{name} ({number} of {len(setups)})"):
+                    for row in run(name):
+                        self.add([row])
+            except EvalError as error:
+                failed.append(name)
+                say(f"{name}: {error}")
+        return failed
 
     def close(self) -> None:
         """Says where the rows are."""

@@ -6,8 +6,7 @@ import typer
 from rich.console import Group
 
 from rowint8.eval.cli_model import Config, Layers, Model
-from rowint8.eval.cli_output import Append, Json, Kept, err, say, warn_if_busy
-from rowint8.eval.errors import EvalError
+from rowint8.eval.cli_output import Append, Json, Kept, warn_if_busy
 
 
 def profile(
@@ -43,15 +42,8 @@ def profile(
     cases = job.parse_batches(batches), job.parse_samplings(sampling), prompt_tokens, steps
     warn_if_busy()
     kept = Kept(json_file, ProfileRow, append, [row_setup(name) for name in names])
-    failed = []
     with model_folder(model, config, layers) as (folder, loading):
         if model is None:
             write_tokenizer(folder)
-        for number, name in enumerate(names, 1):
-            try:
-                with err.status(f"{name} ({number} of {len(names)})"):
-                    kept.add(job.run_setup(name, known[name], folder, bool(loading), *cases))
-            except EvalError as error:
-                failed.append(name)
-                say(f"{name}: {error}")
+        failed = kept.measure(names, lambda name: job.run_setup(name, known[name], folder, bool(loading), *cases))
     kept.finish(failed, lambda rows: Group(*console_tables(rows)))

@@ -5,10 +5,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,28 +45,61 @@ def run_quietly(command: Sequence[str], env: Mapping[str, str], stdin: str = "")
     return done.stdout
 
 
-def run_worker(module: str, request: Mapping[str, Any], env: Mapping[str, str]) -> Any:
+def run_worker(module: str, request: Mapping[str, Any], env: Mapping[str, str], timeout: float | None = None) -> Any:
     """Runs `python -m rowint8.eval.MODULE RESULT` with the request as JSON on stdin; what it wrote to the file RESULT.
 
-    A file, as engines and their processes write to stdout.
+    A file, as engines and their processes write to stdout. Nothing is left running. A result that was written counts
+    even if the engine then fails to stop.
 
     Raises:
-        EvalError: it failed; the message holds the end of what it wrote.
+        EvalError: it failed or took more than `timeout` seconds; the message holds the end of what it wrote.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        result = Path(scratch) / "result.json"
-        run_quietly([sys.executable, "-m", f"rowint8.eval.{module}", str(result)], env, json.dumps(request))
+        result, log = Path(scratch) / "result.json", Path(scratch) / "log"
+        command = [sys.executable, "-m", f"rowint8.eval.{module}", str(result)]
+        with log.open("w") as stream:
+            returncode = _run_to_end(command, env, json.dumps(request), stream, timeout)
+        if not result.exists():
+            raise EvalError(failure(command, returncode, log.read_text(errors="replace")))
         return json.loads(result.read_text())
+
+
+def _run_to_end(command: Sequence[str], env: Mapping[str, str], stdin: str, log: Any, timeout: float | None):
+    """Runs a command and ends all processes of its session; its exit status, None where it took too long."""
+    pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, env=env, start_new_session=True, **pipes)
+    try:
+        process.communicate(stdin, timeout)
+        return process.returncode
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        stop(process, timeout=0)
+
+
+def stop(process: subprocess.Popen, timeout: float) -> None:
+    """Asks a process that leads its own session to stop (SIGINT), then kills what is left of its group."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+    try:
+        process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def failure(command: Sequence[str], returncode: int | None, log: str) -> str:
     """The message for a command that failed: how it ended, the first error in its log, the log's end and its file.
 
-    The first error matters where several processes write: the last ones only say that the first one is gone.
+    The first error matters where several processes write: the last ones only say that the first one is gone. Warnings
+    are left out; vLLM writes the traceback of a missing tokenizer as one.
     """
     name = " ".join([Path(command[0]).name, *command[1:3]])
     how = "did not answer in time" if returncode is None else f"failed with exit status {returncode}"
-    lines = log.strip().splitlines()
+    lines = [line for line in log.strip().splitlines() if " WARNING " not in line]
     if not lines:
         return f"`{name}` {how}; it wrote nothing"
     with tempfile.NamedTemporaryFile("w", prefix="rowint8-", suffix=".log", delete=False) as file:

@@ -50,9 +50,6 @@ class Source:
     def num_tensors(self) -> int:
         return sum(map(len, self.shards.values()))
 
-    def path_of(self, name: str) -> Path:
-        return next(path for path, names in self.shards.items() if name in names)
-
 
 @dataclass(frozen=True)
 class Written:

@@ -4,9 +4,8 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from math import isclose
 
-from rowint8.eval.bench_table import limit_us, operations
+from rowint8.eval.bench_table import best_peer, limit_us, operations
 from rowint8.eval.errors import EvalError
-from rowint8.eval.report_kernels import best_peer
 from rowint8.eval.result_files import Results
 from rowint8.eval.schema import (
     GIB,

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from rowint8.eval.bench_table import limit_us
+from rowint8.eval.bench_table import best_peer, limit_us
 from rowint8.eval.markdown import TBD, folded, number, table
 from rowint8.eval.result_files import Results
 from rowint8.eval.schema import Ceilings, KernelRow
@@ -11,15 +11,6 @@ EVEN = 0.02
 """Ratios this near to 1 count as even."""
 README_TOKENS = (1, 4, 16, 64, 128, 256, 512, 2048, 8192)
 _INT8 = ("marlin", "machete", "gemlite", "humming")
-
-
-def best_peer(row: KernelRow, prefixes: tuple[str, ...] = ("",)) -> str | None:
-    """Name of the fastest that is not made of our kernels, of those that begin so; None where there is none.
-
-    "unfused" is our product followed by SiLU and multiplication.
-    """
-    names = [name for name in row.us if not name.startswith(("rowint8", "unfused")) and name.startswith(prefixes)]
-    return min(names, key=row.us.__getitem__, default=None)
 
 
 def ratio(row: KernelRow) -> float | None:

@@ -1,7 +1,5 @@
 """A real `vllm serve` for as long as a `with` block lasts."""
 
-import os
-import signal
 import socket
 import subprocess
 import tempfile
@@ -9,11 +7,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from rowint8.eval.errors import EvalError
-from rowint8.eval.processes import console_script, failure, vllm_environment
+from rowint8.eval.processes import console_script, failure, stop, vllm_environment
 
 START_TIMEOUT = 600.0
 """Seconds. A first start on a GPU may compile for minutes."""
@@ -42,7 +40,7 @@ def vllm_server(model: Path, options: Sequence[str] = ()) -> Iterator[str]:
                 raise EvalError(failure(command, process.poll(), log.read()))
             yield f"http://127.0.0.1:{port}/v1"
         finally:
-            stop(process)
+            stop(process, STOP_TIMEOUT)
 
 
 def free_port() -> int:
@@ -62,17 +60,3 @@ def wait_until_healthy(process: subprocess.Popen, url: str, timeout: float = STA
         except (urllib.error.URLError, OSError):
             time.sleep(0.3)
     return False
-
-
-def stop(process: subprocess.Popen, timeout: float = STOP_TIMEOUT) -> None:
-    """Asks a process that leads its own session to stop (SIGINT), then kills what is left of its group."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-    try:
-        process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()

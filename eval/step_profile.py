@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rowint8.baseline_engine.config import ModelConfig
 from rowint8.baseline_engine.kv_cache import KvCache
+from rowint8.baseline_engine.model_config import ModelConfig
 from rowint8.eval.bench_engine import Requests, Setup, engine_arguments, row_setup
 from rowint8.eval.bench_engine import setups as engine_setups
+from rowint8.eval.bench_shapes import is_count
 from rowint8.eval.bench_vllm import MAX_BATCHED_TOKENS
 from rowint8.eval.bench_vllm_worker import random_prompts
 from rowint8.eval.errors import EvalError
@@ -36,7 +37,7 @@ def parse_batches(text: str) -> list[int]:
     Raises:
         EvalError: it is something else.
     """
-    if not all(part.isascii() and part.isdecimal() and int(part) for part in text.split(",")):
+    if not all(map(is_count, text.split(","))):
         raise EvalError(f"--batches is {text}; accepted are whole numbers above 0 with commas between, such as 1,32")
     return [int(part) for part in text.split(",")]
 

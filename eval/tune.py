@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rowint8.eval.bench_kernels import check_agrees
 from rowint8.eval.bench_shapes import Shape
-from rowint8.eval.bench_timing import Call, graph_us
+from rowint8.eval.bench_timing import Call, graph_us, rotated_copies
 from rowint8.eval.console import compact_table
 from rowint8.eval.errors import EvalError
 from rowint8.eval.schema import KernelRow
@@ -35,7 +35,6 @@ from rowint8.kernels.warmup import chosen_tile
 NOISE = 0.02
 """A tile must be faster than the shipped one by this part of its time."""
 _FINALISTS = 3
-_ROTATE_BYTES = 512 << 20
 _PROCESSES = 8
 _DTYPE = torch.bfloat16
 _OPS: dict[str, Callable[..., Tensor]] = {"linear": ops.linear, "swiglu": ops.swiglu}
@@ -157,7 +156,7 @@ def _row(job: Job, timed: dict[str, tuple[float, float]]) -> KernelRow:
 @lru_cache(maxsize=1)
 def _weights(n: int, k: int, device: torch.device) -> list[Int8Weight]:
     """Random weights that together exceed the L2 cache several times."""
-    copies = max(2, min(32, _ROTATE_BYTES // (n * k)))
+    copies = rotated_copies(n, k)
     values = [torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device) for _ in range(copies)]
     return [Int8Weight(each, torch.rand(n, device=device).half() / 128) for each in values]
 

@@ -25,9 +25,9 @@ def _linear_one_token(
     EVEN_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (M, cdiv(N, BLOCK_N)): one token and BLOCK_N outputs per program."""
-    token = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """Grid (cdiv(N, BLOCK_N), M): one token and BLOCK_N outputs per program."""
+    token = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(n, N - 1).to(tl.int64)
     if PDL:
         overlap_previous(values, rows, K, BLOCK_N, BLOCK_K)
@@ -88,7 +88,7 @@ def int8_linear(tokens: Tensor, values: Tensor, scale: Tensor, bias: Tensor | No
         constants, options = product_constants(tile, K, tokens.dtype, tokens.device, HAS_BIAS=bias is not None)
         variant = "linear", tile, N, K, traits(tokens, values, scale, bias)
         if tile.block_m == 1:
-            grid = (M, blocks(N, tile.block_n), 1)
+            grid = (blocks(N, tile.block_n), M, 1)
             launch(_linear_one_token, variant, grid, (tokens, values, scale, bias, out, N, K), constants, options)
         else:
             grid = (blocks(M, tile.block_m) * blocks(N, tile.block_n), 1, 1)

@@ -40,15 +40,15 @@ def _swiglu_one_token(
     EVEN_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (M, cdiv(I, BLOCK_N / 2))."""
-    token = tl.program_id(0).to(tl.int64)
-    rows = _paired_rows(tl.program_id(1), I, BLOCK_N)
+    """Grid (cdiv(I, BLOCK_N / 2), M)."""
+    token = tl.program_id(1).to(tl.int64)
+    rows = _paired_rows(tl.program_id(0), I, BLOCK_N)
     if PDL:
         overlap_previous(values, rows, K, BLOCK_N, BLOCK_K)
     acc = vector_product(x, values, rows, token, K, BLOCK_N, BLOCK_K, EVEN_K)
     acc *= tl.load(scale + rows).to(tl.float32)
     gate, up = tl.split(tl.reshape(acc, [BLOCK_N // 2, 2]))
-    i = tl.program_id(1) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    i = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
     tl.store(out + token * I + i, _silu_times(gate, up).to(out.dtype.element_ty), mask=i < I)
 
 
@@ -103,7 +103,7 @@ def int8_swiglu(tokens: Tensor, values: Tensor, scale: Tensor) -> Tensor:
         variant = "swiglu", tile, N, K, traits(tokens, values, scale)
         outputs = tile.block_n // 2
         if tile.block_m == 1:
-            grid = (M, blocks(I, outputs), 1)
+            grid = (blocks(I, outputs), M, 1)
             launch(_swiglu_one_token, variant, grid, (tokens, values, scale, out, I, K), constants, options)
         else:
             grid = (blocks(M, tile.block_m) * blocks(I, outputs), 1, 1)

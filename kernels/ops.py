@@ -47,7 +47,8 @@ def swiglu(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
         scale: fp16 [2I].
 
     Returns:
-        [..., I] in x's dtype. The gate and up products stay in fp32; nothing of shape [..., 2I] is written on CUDA.
+        [..., I] in x's dtype. On CUDA the gate and up products stay in fp32, and nothing of shape [..., 2I] is
+        written; on the CPU they are rounded to x's dtype first.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.

@@ -85,3 +85,19 @@ def test_a_failing_engine_is_reported_to_whoever_waits(tmp_path, monkeypatch):
                 await collect(served, PROMPTS[0])
 
     run(main())
+
+
+def test_stopping_ends_the_streams_that_still_run(engine):
+    async def main():
+        async with AsyncEngine(engine) as served:
+            waiting = asyncio.create_task(collect(served, PROMPTS[0], SamplingParams(max_tokens=100)))
+            stream = served.stream(PROMPTS[1], SamplingParams(max_tokens=100))
+            await anext(stream)
+        with pytest.raises(EngineError, match="the engine was stopped"):
+            await waiting
+        with pytest.raises(EngineError, match="the engine was stopped"):
+            [event async for event in stream]
+
+    run(main())
+    assert_all_memory_returned(engine)
+    assert tokens_of(engine, PROMPTS[:1], PARAMS)

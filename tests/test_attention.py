@@ -5,7 +5,7 @@ import torch
 
 from rowint8.baseline_engine import attention
 from rowint8.baseline_engine.attention import Layout, TorchAttention
-from rowint8.baseline_engine.config import ModelConfig
+from rowint8.baseline_engine.model_config import ModelConfig
 
 HEADS, KV_HEADS, SIZE, BLOCK = 4, 2, 16, 4
 BATCHES = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from rowint8.eval.bench_table import best_other, kernel_tables, limit_us
+from rowint8.eval.bench_table import best_peer, kernel_tables, limit_us
 from rowint8.eval.environment import describe_environment
 from rowint8.eval.errors import EvalError
 from rowint8.eval.plot_kernels import plot_kernels
@@ -53,9 +53,10 @@ def test_limit_is_reading_or_computing():
     assert limit_us(NORM, CEILINGS) == pytest.approx(4 * 1024 * 4096 * 2 / 2e6)
 
 
-def test_best_other_is_the_fastest_but_ours():
-    assert best_other(LINEAR) == "machete"
-    assert best_other(replace(LINEAR, us=dict(rowint8=1.0, cublas_bf16=2.0))) == "cublas_bf16"
+def test_the_best_peer_is_the_fastest_that_is_not_ours():
+    assert best_peer(LINEAR) == "machete"
+    assert best_peer(replace(LINEAR, us=dict(rowint8=1.0, unfused=1.5, cublas_bf16=2.0))) == "cublas_bf16"
+    assert best_peer(replace(LINEAR, us=dict(rowint8=1.0))) is None
 
 
 def test_table_shows_ratio_rates_and_share_of_the_limit():

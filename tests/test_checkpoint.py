@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rowint8.baseline_engine.checkpoint import load_model, resolve_folder
-from rowint8.baseline_engine.config import ModelConfig
 from rowint8.baseline_engine.errors import EngineError
 from rowint8.baseline_engine.layers import WeightFormat
+from rowint8.baseline_engine.model_config import ModelConfig
 from rowint8.baseline_engine.sampler import SamplingParams
 from rowint8.kernels.quantize import quantize_rowwise
 from tests.engine_harness import engine_for, tokens_of
@@ -27,7 +27,7 @@ MEASURE_LOAD = """
 import json, pathlib, sys
 import psutil, torch
 from rowint8.baseline_engine.checkpoint import load_model
-from rowint8.baseline_engine.config import ModelConfig
+from rowint8.baseline_engine.model_config import ModelConfig
 from rowint8.baseline_engine.layers import WeightFormat
 from rowint8.baseline_engine.metrics import PeakMemory
 from rowint8.kernels.quantize import quantize_rowwise

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from rowint8.baseline_engine.config import ModelConfig, RopeScaling
 from rowint8.baseline_engine.errors import EngineError
+from rowint8.baseline_engine.model_config import ModelConfig, RopeScaling
 
 BASE = {
     "architectures": ["LlamaForCausalLM"],

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from rowint8.eval.bench_table import best_peer
 from rowint8.eval.environment import describe_environment
 from rowint8.eval.errors import EvalError
 from rowint8.eval.markdown import fill, table
 from rowint8.eval.plot_report import pictures
 from rowint8.eval.processes import console_script
 from rowint8.eval.report import documents, parts, read_folder, report
-from rowint8.eval.report_kernels import best_peer, compiler_table, lost_cells, tallies
+from rowint8.eval.report_kernels import compiler_table, lost_cells, tallies
 from rowint8.eval.report_memory import weight_bytes
 from rowint8.eval.result_files import Results, read_results, write_results
 from rowint8.eval.schema import (

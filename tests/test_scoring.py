@@ -73,6 +73,7 @@ def test_errors_name_the_text(folder):
         (Text([1, 2, 3], 3), r"text 2 starts at 3 of 3"),
         (Text([1] * 21, 1), r"prompt 2 has 20 tokens; the context takes up to 19"),
         (Text([1, 128, 2], 1), r"token id 128; the vocabulary is 0 to 127"),
+        (Text([1, 2, 128], 1), r"token id 128; the vocabulary is 0 to 127"),
     ):
         with pytest.raises(EngineError, match=message):
             score(engine, [Text([1, 2], 1), text])

@@ -52,7 +52,7 @@ class Replays:
     sizes: ClassVar[list[int]] = []
 
     @staticmethod
-    def captured(compute, device, pool):
+    def capture_graph(compute, device, pool):
         out = compute().clone()
 
         def replay():
@@ -65,7 +65,7 @@ class Replays:
 @pytest.fixture
 def capture(monkeypatch):
     """Makes an engine's steps captured ones."""
-    monkeypatch.setattr(runner_module, "captured", Replays.captured)
+    monkeypatch.setattr(runner_module, "capture_graph", Replays.capture_graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     Replays.sizes.clear()
 

@@ -7,7 +7,7 @@ import pytest
 from torch._C._autograd import DeviceType
 from typer.testing import CliRunner
 
-from rowint8.baseline_engine.config import ModelConfig
+from rowint8.baseline_engine.model_config import ModelConfig
 from rowint8.eval import step_profile as job
 from rowint8.eval.bench_vllm_setups import write_shape
 from rowint8.eval.cli import app

@@ -3,9 +3,11 @@
 import dataclasses
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rowint8.kernels import int8_linear, int8_swiglu
 from rowint8.kernels.tiles import TileConfig, pick_tile
 
 SHARED_MEMORY = {"sm80": 166_912, "sm86": 101_376, "sm89": 101_376, "sm90": 232_448, "sm120": 101_376}
@@ -38,3 +40,18 @@ def test_a_smaller_card_gets_a_shorter_pipeline_of_the_same_tile():
 def test_tiles_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         TileConfig(16, 32, 64, 4, 3).block_m = 3
+
+
+@pytest.mark.parametrize("m", [1, 16, 5000])
+@pytest.mark.parametrize("module", [int8_linear, int8_swiglu])
+def test_the_largest_vocabulary_fits_a_grid(monkeypatch, module, m):
+    """Of a grid only the first axis takes more than 65535 blocks."""
+    grids = []
+    monkeypatch.setattr(module, "launch", lambda kernel, variant, grid, *rest: grids.append(grid))
+    monkeypatch.setattr(module, "shared_memory_limit", lambda device: SHARED_MEMORY["sm90"])
+    monkeypatch.setattr(module, "product_constants", lambda *given, **first: ({}, {}))
+    product = module.int8_linear if module is int8_linear else module.int8_swiglu
+    values, scale = torch.empty(256_000, 16, dtype=torch.int8), torch.empty(256_000, dtype=torch.float16)
+    product(torch.empty(m, 16, dtype=torch.bfloat16), values, scale)
+    assert max(grids[0][1:]) <= 65_535
+    assert grids[0][0] * grids[0][1] >= 256_000 // 256

@@ -43,7 +43,7 @@ def prefer_provider() -> None:
             model, device = config.model_config, torch.device("cuda", torch.cuda.current_device())
             size = model.get_hidden_size()
             ready(("add_rms_norm",), size, size, False, model.dtype, device, 1)
-        logger.info_once("rowint8: sum and norm are one kernel")
+        logger.info_once("rowint8: for sum and norm its kernel comes before vLLM's native code")
     elif order[0] != PROVIDER:
         logger.info_once("rowint8: sum and norm are left to %s, which ir_op_priority names first", order[0])
 

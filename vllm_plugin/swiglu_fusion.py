@@ -3,8 +3,8 @@
     gate_up = rowint8::linear(x, values, scale)            [..., 2I]
     out = silu(gate_up[..., :I]) * gate_up[..., I:]        [..., I]
 
-becomes `rowint8::swiglu(x, values, scale)`, in which gate and up stay in fp32 until their product. vLLM stacks gate
-rows over up rows in the merged weight, on every tensor-parallel rank, as the operator wants them.
+becomes `rowint8::swiglu(x, values, scale)`, in which gate and up (on GPUs) stay in fp32 until their product. vLLM
+stacks gate rows over up rows in the merged weight, on every tensor-parallel rank, as the operator wants them.
 
 The pass only ever replaces exactly this. Another activation, a bias, LoRA (which adds to `gate_up`), or a second use of
 `gate_up` do not match, and stay as they are. Without compilation (`enforce_eager`) no pass runs.
