@@ -19,8 +19,8 @@ from rowint8.eval.profile_tables import parts_table, profile_section
 from rowint8.eval.report_checks import check_all, read_ceilings
 from rowint8.eval.report_engine import engine_table
 from rowint8.eval.report_kernels import compiler_table, kernel_section, limits, short_table, tallies
-from rowint8.eval.report_memory import memory_section
-from rowint8.eval.report_quality import fidelity_line, fidelity_table, quality_line, quality_table
+from rowint8.eval.report_memory import embedding_bytes, memory_section
+from rowint8.eval.report_quality import fidelity_line, fidelity_table, quality_summary, quality_table
 from rowint8.eval.report_vllm import vllm_table
 from rowint8.eval.result_files import Results, read_results
 from rowint8.eval.schema import (
@@ -33,21 +33,25 @@ from rowint8.eval.schema import (
     ProfileRow,
     QualityRow,
     ServeRow,
+    VllmRow,
 )
 
 Found = Mapping[str, Results]
 """Result files by their names without ".json"."""
 
+_SPREADS = {"ttft_ms": "TTFT", "tok_s": "tok/s"}
+_LLAMA_FILES = ("engine-h100", "vllm-h100")
+"""Of Llama-3.1-8B's shape."""
 _DOCUMENTS = ("README.md", "POSTMORTEM.md", "docs/engine.md")
 _KINDS: list[Any] = [kind for name, kind in vars(schema).items() if name.endswith("Row") and is_dataclass(kind)]
 OURS = ("baseline bf16", "baseline int8", "baseline int8-fused")
 _PRODUCTION = ("vllm bf16", "vllm rowint8")
 _CAPSTONE = {
     "engine-h100": OURS + _PRODUCTION,
-    "engine-cpu": OURS + _PRODUCTION,
+    "engine-cpu": OURS,
     "vllm-h100": _PRODUCTION,
-    "demo-h100": OURS + _PRODUCTION,
-    "demo-cpu": OURS + _PRODUCTION,
+    "demo-h100": OURS,
+    "demo-cpu": OURS,
 }
 """File to the setups that it should have."""
 
@@ -88,7 +92,7 @@ def parts(found: Found) -> dict[str, str]:
     kernels = found.get("kernels-h100")
     return {
         "kernels": f"{short_table(kernels)}\n{tallies(_of_kind(found, KernelRow))}",
-        "quality": quality_line(found.get("quality-cpu")),
+        "quality": quality_summary(found.get("quality-smollm2")),
         "agreement": _agreement_line(found),
         "limits": limits(kernels),
         "compiler": compiler_table(found.get("kernels-compile-h100")),
@@ -167,6 +171,10 @@ def _engine_cells(row: GenerationRow, first: GenerationRow) -> list[str]:
     notes = f"{gaps}weights {row.weights_gib:.3f} GiB, {row.tok_s / first.tok_s:.2f}x"
     if isinstance(row, EngineRow) and row.host_ms is not None and row.kv_waste is not None:
         notes += f", host {row.host_ms:.2f} ms a step, KV waste {row.kv_waste:.1%}, {row.attention} attention"
+    if isinstance(row, EngineRow | VllmRow):
+        notes += "".join(
+            f", spread of {name} {row.spread[key]:.0%}" for key, name in _SPREADS.items() if key in row.spread
+        )
     times = [number(row.ttft_ms, 1), number(row.tok_s, 1), number(row.peak_mem_gib, 3)]
     return [f"{row.engine} {row.setup}", *counts, *times, notes]
 
@@ -227,27 +235,28 @@ def _agreement_line(found: Found) -> str:
 
 
 def _gaps(found: Found) -> str:
-    """One request: time a token beside the least to read the weights and beside vLLM's; rows with either."""
+    """One request: time a token beside the least to read what a step reads, and beside vLLM's with the same weights."""
     ceilings = read_ceilings(found)
     lines = []
-    for stem in _CAPSTONE:
+    for stem in _LLAMA_FILES:
         results = found.get(stem)
         rows = [row for row in results.rows if row.batch == 1 and row.tpot_ms] if results else []
         rates = ceilings.get(results.environment.device) if results else None
-        told = [cells for cells in (_gap_cells(stem, row, rows, rates) for row in rows) if cells[-2:] != [TBD, TBD]]
-        lines += told if rows else [[stem, *[TBD] * 5]]
+        lines += [_gap_cells(stem, row, rows, rates) for row in rows] or [[stem, *[TBD] * 5]]
     return table(["file", "setup", "TPOT ms", "reading the weights, ms", "x that", "x vLLM's"], lines)
 
 
 def _gap_cells(stem: str, row: GenerationRow, rows: Sequence[GenerationRow], read_tb_s: float | None) -> list[str]:
+    from rowint8.eval.bench_vllm_setups import SHAPES
+
     tpot = row.tpot_ms or 0.0
-    least = row.weights_gib * GIB / read_tb_s / 1e9 if read_tb_s else None
+    read = row.weights_gib * GIB - embedding_bytes(SHAPES["llama-3.1-8b"])
+    least = read / read_tb_s / 1e9 if read_tb_s else None
     peer = "vllm bf16" if "bf16" in row.setup else "vllm rowint8"
-    vllm = [other.tpot_ms for other in rows if _role(other) == peer and _task(other) == _task(row) and other.tpot_ms]
-    over = [
-        number(tpot / base if base else None, digits) for base, digits in ((least, 1), (min(vllm, default=None), 2))
-    ]
-    return [stem, f"{row.engine} {row.setup}", f"{tpot:.2f}", number(least, 3), *over]
+    vllm = next((other.tpot_ms for other in rows if _role(other) == peer), None) if row.engine == "baseline" else None
+    beside = f"{tpot / vllm:.2f}" if vllm else "-"
+    times = [f"{tpot:.2f}", number(least, 2), number(tpot / least if least else None, 2), beside]
+    return [stem, f"{row.engine} {row.setup}", *times]
 
 
 def _reproduction(found: Found) -> str:

@@ -26,7 +26,7 @@ def weight_bytes(config: Mapping[str, Any], form: str, lm_head: bool = False) ->
     size = FORMATS[form]
     head = 0 if config["tie_word_embeddings"] else (size if lm_head else FORMATS["bf16"])(vocab, hidden)
     linear = layers * sum(size(n, k) for n, k in _layer(config))
-    return linear + head + 2 * vocab * hidden + 2 * hidden * (2 * layers + 1)
+    return linear + head + embedding_bytes(config) + 2 * hidden * (2 * layers + 1)
 
 
 def _layer(config: Mapping[str, Any]) -> list[tuple[int, int]]:
@@ -34,6 +34,11 @@ def _layer(config: Mapping[str, Any]) -> list[tuple[int, int]]:
     head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
     q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
     return [(q + 2 * kv, hidden), (hidden, q), (2 * intermediate, hidden), (hidden, intermediate)]
+
+
+def embedding_bytes(config: Mapping[str, Any]) -> int:
+    """Of the table in bf16, of which a step reads only its tokens' rows."""
+    return 2 * config["vocab_size"] * config["hidden_size"]
 
 
 def memory_section(ceilings: Mapping[str, float]) -> str:
@@ -46,7 +51,7 @@ def memory_section(ceilings: Mapping[str, float]) -> str:
         whole = weight_bytes(SHAPES[model], "bf16")
         for form, lm_head in [*((form, False) for form in FORMATS), ("rowint8", True)]:
             size = weight_bytes(SHAPES[model], form, lm_head)
-            read = size - 2 * SHAPES[model]["vocab_size"] * SHAPES[model]["hidden_size"]
+            read = size - embedding_bytes(SHAPES[model])
             least = number(read / rate / 1e9, 2) if rate else TBD
             name = f"{form} + lm_head" if lm_head else form
             lines.append([model, name, f"{size:,}", number(size / GIB, 2), number(size / whole, 3), least])

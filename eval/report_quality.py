@@ -32,18 +32,25 @@ def fidelity_table(results: Results[FidelityRow]) -> str:
     return table(heading, lines)
 
 
-def quality_line(results: Results[QualityRow] | None) -> str:
-    """Each metric of a file of one task before and after."""
+def quality_summary(results: Results[QualityRow] | None) -> str:
+    """Each metric of each task without quantization, and what the other backends say differently."""
     if results is None:
         return TBD
-    pairs = [(_plain(results, row), row) for row in results.rows if row.difference is not None]
-    told = [f"{row.metric} {plain:.4f} to {row.value:.4f} (paired {difference_text(row)})" for plain, row in pairs]
-    last = results.rows[-1]
-    return f"{last.questions} questions through vLLM, {last.dtype}: {'; '.join(told)}."
+    first = results.rows[0]
+    others = [name for name in dict.fromkeys(map(backend_name, results.rows)) if name != backend_name(first)]
+    cases: dict[tuple[str, str], list[str]] = {}
+    for row in results.rows:
+        cells = cases.setdefault((row.task, row.metric), [])
+        cells.append(f"{row.value:.4f}" if row.difference is None else _with_flips(row))
+    head = f"{first.questions} questions a task, {first.dtype}; paired differences with their standard errors, in "
+    head += "brackets questions gained and lost.\n\n"
+    return head + table(
+        ["task", "metric", backend_name(first), *others], [[*case, *cells] for case, cells in cases.items()]
+    )
 
 
-def _plain(results: Results[QualityRow], row: QualityRow) -> float:
-    return next(r.value for r in results.rows if (r.task, r.metric) == (row.task, row.metric) and r.difference is None)
+def _with_flips(row: QualityRow) -> str:
+    return difference_text(row) + (f" (+{row.gained} -{row.lost})" if row.gained is not None else "")
 
 
 def fidelity_line(results: Results[FidelityRow] | None) -> str:
