@@ -7,7 +7,6 @@ unmeasured, then medians count; the throughput workload, which is long and comes
 """
 
 import random
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,13 @@ from typing import Any
 
 from rich.table import Table
 
-from rowint8.baseline_engine.metrics import RequestMetrics, RunMetrics, speedup
+from rowint8.baseline_engine.metrics import speedup
 from rowint8.eval.bench_vllm import GPU_MEMORY_UTILIZATION, MAX_BATCHED_TOKENS, Workload
 from rowint8.eval.bench_vllm_worker import random_prompts
 from rowint8.eval.console import compact_table
-from rowint8.eval.errors import EvalError
 from rowint8.eval.processes import run_worker, vllm_environment
-from rowint8.eval.schema import GIB, EngineName, EngineRow
+from rowint8.eval.repeats import measured_fields
+from rowint8.eval.schema import EngineName, EngineRow
 
 DEFAULT_WORKLOADS = "1x128x128,8x128x128,32x128x128"
 THROUGHPUT_SEQUENCES = 256
@@ -29,7 +28,6 @@ THROUGHPUT_TOKENS = (100, 1024)
 """Least and most tokens of a prompt, and of an output, in the throughput workload."""
 
 _INT8 = {"quantization": "rowint8"}
-_METRICS = ("ttft_ms", "itl_ms", "tpot_ms", "tok_s")
 
 
 @dataclass(frozen=True)
@@ -135,40 +133,16 @@ def setup_rows(name: str, engine: EngineName, workloads: Sequence[Requests], res
 
 
 def _row(name: str, engine: EngineName, requests: Requests, run: dict[str, Any], result: dict[str, Any]) -> EngineRow:
-    repeats = [_metrics(name, requests, repeat, run["peak_mem"], result).to_dict() for repeat in run["repeats"]]
-    values = {key: [repeat[key] for repeat in repeats] for key in _METRICS if repeats[0][key] is not None}
-    medians = {key: statistics.median(measured) for key, measured in values.items()}
-    last = run["repeats"][-1]
-    ours = engine == "baseline"
+    prompts, last, ours = [*map(len, requests.prompts)], run["repeats"][-1], engine == "baseline"
+    memory = result["weights"], run["peak_mem"]
     return EngineRow(
         engine=engine,
         setup=row_setup(name),
-        batch=len(requests.prompts),
-        prompt_tokens=round(statistics.fmean(map(len, requests.prompts))),
-        output_tokens=round(statistics.fmean(requests.outputs)),
-        ttft_ms=medians["ttft_ms"],
-        itl_ms=medians.get("itl_ms"),
-        tpot_ms=medians.get("tpot_ms"),
-        tok_s=medians["tok_s"],
-        weights_gib=result["weights"] / GIB,
-        peak_mem_gib=run["peak_mem"] / GIB,
-        repeats=len(repeats),
-        spread={key: (max(measured) - min(measured)) / medians[key] for key, measured in values.items()},
-        start_s=result["start_s"],
+        **measured_fields(run["repeats"], prompts, requests.outputs, *memory, result["start_s"]),
         host_ms=sum(last["host_s"].values()) * 1000 / last["steps"] if ours else None,
         kv_waste=last["kv_waste"] if ours else None,
         attention=last["attention"] if ours else None,
     )
-
-
-def _metrics(name: str, requests: Requests, repeat: dict, peak: int, result: dict[str, Any]) -> RunMetrics:
-    times = repeat["token_times"]
-    if [len(tokens) for tokens in times] != requests.outputs:
-        raise EvalError(f"{name}: the engine did not return as many tokens as it was asked for")
-    pairs = zip(requests.prompts, times, strict=True)
-    metrics = tuple(RequestMetrics(len(prompt), repeat["start"], tuple(tokens)) for prompt, tokens in pairs)
-    wall = max(tokens[-1] for tokens in times) - repeat["start"]
-    return RunMetrics(metrics, wall, peak, result["weights"], load_seconds=result["start_s"], compile_seconds=0.0)
 
 
 def ladder_table(rows: Sequence[EngineRow]) -> Table:

@@ -5,7 +5,6 @@ of its workloads. Requests of a workload are handed in together and decoded gree
 workload runs once unmeasured. What the numbers mean is defined in `baseline_engine.metrics`.
 """
 
-import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +13,14 @@ from typing import Any
 
 from rich.table import Table
 
-from rowint8.baseline_engine.metrics import RequestMetrics, RunMetrics, speedup
+from rowint8.baseline_engine.metrics import speedup
 from rowint8.eval.bench_shapes import is_count
 from rowint8.eval.bench_vllm_setups import Setup
 from rowint8.eval.console import compact_table
 from rowint8.eval.errors import EvalError
 from rowint8.eval.processes import run_worker, vllm_environment
-from rowint8.eval.schema import GIB, VllmRow
+from rowint8.eval.repeats import measured_fields
+from rowint8.eval.schema import VllmRow
 
 DEFAULT_WORKLOADS = "1x128x128,8x128x128,32x128x128,128x128x128,8x1024x1,1x2048x1"
 BASE = "bf16"
@@ -29,8 +29,6 @@ MAX_BATCHED_TOKENS = 8192
 GPU_MEMORY_UTILIZATION = 0.9
 SETUP_TIMEOUT = 1200.0
 """Seconds for one setup, its start included."""
-
-_METRICS = ("ttft_ms", "itl_ms", "tpot_ms", "tok_s")
 
 
 @dataclass(frozen=True)
@@ -101,38 +99,16 @@ def setup_rows(setup: str, workloads: Sequence[Workload], result: dict[str, Any]
 
 
 def _row(setup: str, workload: Workload, run: dict[str, Any], start_s: float, ranks: int) -> VllmRow:
+    prompts, outputs = [workload.prompt_tokens] * workload.batch, [workload.output_tokens] * workload.batch
     weights = max(rank["weights"] for rank in run["ranks"])
     peak = max(rank["peak_mem"] for rank in run["ranks"])
-    repeats = [_metrics(workload, repeat, start_s, weights, peak).to_dict() for repeat in run["repeats"]]
-    values = {key: [repeat[key] for repeat in repeats] for key in _METRICS if repeats[0][key] is not None}
-    medians = {key: statistics.median(measured) for key, measured in values.items()}
     return VllmRow(
         engine="vllm",
         setup=setup,
-        batch=workload.batch,
-        prompt_tokens=workload.prompt_tokens,
-        output_tokens=workload.output_tokens,
-        ttft_ms=medians["ttft_ms"],
-        itl_ms=medians.get("itl_ms"),
-        tpot_ms=medians.get("tpot_ms"),
-        tok_s=medians["tok_s"],
-        weights_gib=weights / GIB,
-        peak_mem_gib=peak / GIB,
+        **measured_fields(run["repeats"], prompts, outputs, weights, peak, start_s),
         tensor_parallel_size=ranks,
-        repeats=len(repeats),
-        spread={key: (max(measured) - min(measured)) / medians[key] for key, measured in values.items()},
-        start_s=start_s,
         compiled=tuple(name for rank in run["ranks"] for name in rank["compiled"]),
     )
-
-
-def _metrics(workload: Workload, repeat: dict[str, Any], start_s: float, weights: int, peak: int) -> RunMetrics:
-    times = repeat["token_times"]
-    if [len(tokens) for tokens in times] != [workload.output_tokens] * workload.batch:
-        raise EvalError(f"workload {workload}: vLLM returned {[len(tokens) for tokens in times]} tokens")
-    requests = tuple(RequestMetrics(workload.prompt_tokens, repeat["start"], tuple(tokens)) for tokens in times)
-    end = max(tokens[-1] for tokens in times)
-    return RunMetrics(requests, end - repeat["start"], peak, weights, load_seconds=start_s, compile_seconds=0.0)
 
 
 def summary(rows: Sequence[VllmRow], seconds: float) -> str:

@@ -30,10 +30,10 @@ from rowint8.eval.schema import (
     FidelityRow,
     GenerationRow,
     KernelRow,
+    Measured,
     ProfileRow,
     QualityRow,
     ServeRow,
-    VllmRow,
 )
 
 Found = Mapping[str, Results]
@@ -171,7 +171,7 @@ def _engine_cells(row: GenerationRow, first: GenerationRow) -> list[str]:
     notes = f"{gaps}weights {row.weights_gib:.3f} GiB, {row.tok_s / first.tok_s:.2f}x"
     if isinstance(row, EngineRow) and row.host_ms is not None and row.kv_waste is not None:
         notes += f", host {row.host_ms:.2f} ms a step, KV waste {row.kv_waste:.1%}, {row.attention} attention"
-    if isinstance(row, EngineRow | VllmRow):
+    if isinstance(row, Measured):
         notes += "".join(
             f", spread of {name} {row.spread[key]:.0%}" for key, name in _SPREADS.items() if key in row.spread
         )

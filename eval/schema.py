@@ -122,31 +122,32 @@ class FidelityRow:
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
-class VllmRow(GenerationRow):
-    """One setup of vLLM on one workload: medians over repeats; memory of the GPU that holds most."""
+class Measured(GenerationRow):
+    """One setup of an engine on one workload: medians over repeats."""
 
-    tensor_parallel_size: Count
     repeats: Count
     spread: dict[Name, NotNegative]
     """(largest - smallest) / median over the repeats, of "ttft_ms", "itl_ms", "tpot_ms" and "tok_s"."""
     start_s: Positive
     """Seconds until the setup's engine had started, once for all its rows, with caches as they were found."""
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
+class VllmRow(Measured):
+    """Of vLLM; memory of the GPU that holds most."""
+
+    tensor_parallel_size: Count
     compiled: tuple[Name, ...]
     """Kernels and graphs compiled while this workload ran: the engine had started and answered a first request."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
-class EngineRow(GenerationRow):
-    """One setup of the small engine, or of vLLM beside it, on one workload: medians over repeats."""
+class EngineRow(Measured):
+    """Of the small engine, or of vLLM or transformers beside it."""
 
-    repeats: Count
-    spread: dict[Name, NotNegative]
-    """(largest - smallest) / median over the repeats, of "ttft_ms", "itl_ms", "tpot_ms" and "tok_s"."""
-    start_s: Positive
-    """Seconds until the setup's engine had started, once for all its rows, with caches as they were found."""
     host_ms: NotNegative | None
     """The host's own work a step: scheduling, packing, queueing, recording (on the CPU the computation too). None for
-    vLLM, as are the next two."""
+    other engines, as are the next two."""
     kv_waste: Annotated[float, Field(ge=0, le=1)] | None
     """Share of the KV cache held by requests that held no token, mean over steps."""
     attention: Name | None
