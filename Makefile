@@ -7,7 +7,7 @@ demo: setup
 	.venv/bin/rowint8 demo
 
 test: setup
-	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --durations 15
+	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15
 
 # The vLLM plugin on the oldest supported vLLM, in a folder of its own (6 GB).
 test-vllm-0.26:

@@ -12,7 +12,12 @@ if not torch.cuda.is_available():
 REPO = Path(__file__).resolve().parents[1]
 
 
+SLOW = ("test_vllm_", "test_compilation", "test_agreement", "test_bench_vllm", "test_engine", "test_notebook")
+"""Files that take a minute or more. They come first, so that no process is left alone with one at the end."""
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.path.name.startswith(SLOW))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU")
