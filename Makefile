@@ -1,4 +1,5 @@
-# Processes that run tests, a file at a time. Tests on one GPU want its memory for themselves.
+# Processes that run tests, a file at a time, with a thread each: more would wait for each other. Tests on one GPU want
+# its memory for themselves.
 WORKERS ?= $(shell nvidia-smi > /dev/null 2>&1 && echo 0 || echo 2)
 
 .PHONY: demo test test-vllm-0.26 setup lint sanitize
@@ -7,7 +8,7 @@ demo: setup
 	.venv/bin/rowint8 demo
 
 test: setup
-	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15
+	$(if $(filter-out 0,$(WORKERS)),OMP_NUM_THREADS=1) .venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15
 
 # The vLLM plugin on the oldest supported vLLM, in a folder of its own (6 GB).
 test-vllm-0.26:
