@@ -9,6 +9,9 @@ import torch
 from rowint8.baseline_engine.errors import SettingError
 from rowint8.baseline_engine.model_config import DTYPES, ModelConfig
 
+PROMPT_SIZES = (32, 64, 128, 192, 256, 384, 512, 640, 768, 896, 1024)
+"""Numbers of tokens for which steps with prompts are captured, as far as `prompt_graph_tokens` allows."""
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -27,7 +30,7 @@ class EngineConfig:
     as CUDA graphs; needs a GPU."""
     prompt_graph_tokens: int = 0
     """With mode graph: most tokens of a step with prompts that is replayed as a CUDA graph, where attention can be
-    (FlashAttention 3). 0 leaves prompts to launches one by one; 32 to 1024 is not measured yet."""
+    (FlashAttention 3). 0 leaves prompts to launches one by one; what graphs gain is not measured yet."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of activations and unquantized weights; auto is the checkpoint's."""
     device: str = "auto"
@@ -59,9 +62,10 @@ class EngineConfig:
         for name in ("max_context", "cache_tokens"):
             if getattr(self, name) is not None:
                 _check_positive(name, getattr(self, name))
-        if self.prompt_graph_tokens and (self.mode != "graph" or not 32 <= self.prompt_graph_tokens <= 1024):
+        least, *_, most = PROMPT_SIZES
+        if self.prompt_graph_tokens and (self.mode != "graph" or not least <= self.prompt_graph_tokens <= most):
             given = f"prompt_graph_tokens is {self.prompt_graph_tokens} with mode {self.mode}"
-            raise SettingError(f"{given}; accepted are 0, and with mode graph 32 to 1024")
+            raise SettingError(f"{given}; accepted are 0, and with mode graph {least} to {most}")
         if not 0 < self.memory_fraction <= 1:
             raise SettingError(f"memory_fraction is {self.memory_fraction}; accepted is above 0 and up to 1")
 

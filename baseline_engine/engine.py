@@ -93,6 +93,10 @@ class Engine:
         """Ends every request; the tokens of a step in flight are dropped."""
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             self.abort(request)
+        self._drain()
+
+    def _drain(self) -> None:
+        """Records the step in flight, whose tokens requests that have ended do not get."""
         if self._in_flight:
             self._record(self._in_flight)
             self._in_flight = None
@@ -166,7 +170,9 @@ class Engine:
         try:
             self._run(requests, on_token)
         finally:  # also when interrupted, or when on_token raises
-            self.abort_all()
+            for request in requests:
+                self.abort(request)
+            self._drain()
         wall = perf_counter() - start
         completions = [self.complete(request) for request in requests]
         self.metrics = RunMetrics(

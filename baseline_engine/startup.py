@@ -8,7 +8,7 @@ from torch.fx.experimental import _config as fx_config
 
 from rowint8.baseline_engine import attention
 from rowint8.baseline_engine.checkpoint import load_model, resolve_folder
-from rowint8.baseline_engine.config import EngineConfig
+from rowint8.baseline_engine.config import PROMPT_SIZES, EngineConfig
 from rowint8.baseline_engine.errors import EngineError, SettingError
 from rowint8.baseline_engine.kv_cache import KvCache
 from rowint8.baseline_engine.layers import Int8Linear, WeightFormat
@@ -20,8 +20,6 @@ from rowint8.baseline_engine.tokenizer import Tokenizer, has_tokenizer
 CPU_CACHE_TOKENS = 16384
 GRAPH_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 16))
 """Numbers of sequences for which decode graphs are captured, as far as `max_seqs` allows."""
-PROMPT_SIZES = (32, 64, 128, 192, 256, 384, 512, 640, 768, 896, 1024)
-"""Numbers of tokens for which steps with prompts are captured, as far as `prompt_graph_tokens` allows."""
 _MAX_COMPILED = 64
 """Compiled graphs of a decoder layer kept in one process (torch's own limit is 8)."""
 
@@ -102,14 +100,14 @@ def _warm_up(model: Decoder, config: EngineConfig) -> float:
     calls = [WeightShape(op, *part.values.shape, has_bias=part.bias is not None) for op, part in products]
     if layer.post_norm.fused:
         calls.append(WeightShape("add_rms_norm", model.config.hidden_size, model.config.hidden_size))
-    try:
-        seconds = warmup(calls, model.form.dtype, model.form.device, config.max_batch_tokens).seconds
-    except ValueError as error:  # a damaged file of tiles, or a card that no kernel is for
-        raise EngineError(str(error)) from error
+    needed = [(calls, config.max_batch_tokens)]
     if isinstance(model.lm_head, Int8Linear):
         n, k = model.lm_head.values.shape
-        seconds += warmup([WeightShape("linear", n, k)], model.form.dtype, model.form.device, config.max_seqs).seconds
-    return seconds
+        needed.append(([WeightShape("linear", n, k)], config.max_seqs))
+    try:
+        return sum(warmup(each, model.form.dtype, model.form.device, most).seconds for each, most in needed)
+    except ValueError as error:  # a damaged file of tiles, or a card that no kernel is for
+        raise EngineError(str(error)) from error
 
 
 def _cache(model: Decoder, num_blocks: int, block_size: int) -> KvCache:

@@ -156,8 +156,8 @@ def ladder_table(rows: Sequence[EngineRow]) -> Table:
         table.add_column(heading, no_wrap=True)
     for heading in ("TTFT ms", "TPOT ms", "tok/s", "x before", "x first", "peak GiB", "host ms", "waste"):
         table.add_column(heading, justify="right")
-    for workload in dict.fromkeys(_size(row) for row in rows):
-        same = [row for row in rows if _size(row) == workload]
+    for workload in dict.fromkeys(row.size for row in rows):
+        same = [row for row in rows if row.size == workload]
         for before, row in zip([same[0], *same], same, strict=False):
             table.add_row(
                 "x".join(map(str, workload)) if row is same[0] else "",
@@ -170,7 +170,3 @@ def ladder_table(rows: Sequence[EngineRow]) -> Table:
                 "-" if row.kv_waste is None else f"{row.kv_waste:.1%}",
             )
     return table
-
-
-def _size(row: EngineRow) -> tuple[int, int, int]:
-    return row.batch, row.prompt_tokens, row.output_tokens

@@ -146,18 +146,14 @@ def engine_chapter(results: Results[GenerationRow] | None, wanted: Sequence[str]
     """Where, by what, and a line a row; the wanted setups that are missing, such as OURS, are lines of TBD."""
     rows = results.rows if results else ()
     present = {_role(row) for row in rows}
-    tasks = list(dict.fromkeys(map(_task, rows)))
-    firsts = {_task(row): row for row in reversed(rows)}
-    ordered = sorted(rows, key=lambda row: tasks.index(_task(row)))
-    lines = [_engine_cells(row, firsts[_task(row)]) for row in ordered]
+    tasks = list(dict.fromkeys(row.size for row in rows))
+    firsts = {row.size: row for row in reversed(rows)}
+    ordered = sorted(rows, key=lambda row: tasks.index(row.size))
+    lines = [_engine_cells(row, firsts[row.size]) for row in ordered]
     lines += [[role, *[TBD] * 7] for role in wanted if role not in present]
     heading = ["setup", "batch", "prompt tokens", "output tokens", "TTFT ms", "tok/s", "peak memory GiB", "notes"]
     source = f"{results.environment.device}, `{results.command}`\n\n" if results else ""
     return source + table(heading, lines)
-
-
-def _task(row: GenerationRow) -> tuple[int, int, int]:
-    return row.batch, row.prompt_tokens, row.output_tokens
 
 
 def _role(row: GenerationRow) -> str:

@@ -15,8 +15,8 @@ def engine_table(results: Results[EngineRow] | None) -> str:
     if results is None:
         return TBD
     environment, lines = results.environment, []
-    rows = sorted(results.rows, key=_size)  # stable: setups stay in their order
-    for size, group in groupby(rows, key=_size):
+    rows = sorted(results.rows, key=lambda row: row.size)  # stable: setups stay in their order
+    for size, group in groupby(rows, key=lambda row: row.size):
         alike = list(group)
         vllm = {row.setup: row.tok_s for row in alike if row.engine == "vllm"}
         for row in alike:
@@ -41,7 +41,3 @@ def engine_table(results: Results[EngineRow] | None) -> str:
 
 def _optional(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def _size(row: EngineRow) -> tuple[int, int, int]:
-    return row.batch, row.prompt_tokens, row.output_tokens

@@ -13,10 +13,10 @@ def vllm_table(results: Results[VllmRow] | None) -> str:
         return TBD
     rows = results.rows
     setups = list(dict.fromkeys(row.setup for row in rows))
-    workloads = dict.fromkeys((row.batch, row.prompt_tokens, row.output_tokens) for row in rows)
+    workloads = dict.fromkeys(row.size for row in rows)
     lines = []
     for size in sorted(workloads, key=lambda size: (size[2] == 1, size)):
-        alike = [row for row in rows if (row.batch, row.prompt_tokens, row.output_tokens) == size]
+        alike = [row for row in rows if row.size == size]
         batch, prompt, output = size
         times = {row.setup: row.ttft_ms if output == 1 else row.itl_ms for row in alike}
         what = f"{batch} x {prompt}: {'TTFT' if output == 1 else 'ITL'} ms"

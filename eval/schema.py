@@ -44,6 +44,11 @@ class GenerationRow:
     command: Name | None = None
     """The command line of this row, where the file's command ran several."""
 
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Batch, prompt and output tokens: of rows that are compared with one another."""
+        return self.batch, self.prompt_tokens, self.output_tokens
+
     @model_validator(mode="after")
     def _gaps_exist(self) -> "GenerationRow":
         if self.output_tokens > 1 and (self.itl_ms is None or self.tpot_ms is None):

@@ -27,8 +27,13 @@ SAMPLINGS: dict[str, dict[str, float]] = {"greedy": {}, "top-p": {"temperature":
 
 
 def setups(gpu: bool) -> dict[str, Setup]:
-    """Those of `bench engine` whose engine can be stepped."""
-    return {name: setup for name, setup in engine_setups(gpu).items() if setup.engine != "transformers"}
+    """Those of `bench engine` whose engine can be stepped. How prompts run changes no decode step."""
+    known = engine_setups(gpu).items()
+    return {
+        name: setup
+        for name, setup in known
+        if setup.engine != "transformers" and "prompt_graph_tokens" not in setup.arguments
+    }
 
 
 def parse_batches(text: str) -> list[int]:

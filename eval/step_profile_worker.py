@@ -173,10 +173,7 @@ class Baseline:
         return [len(request.tokens) for request in self._requests]
 
     def end(self) -> None:
-        for request in self._requests:
-            self._engine.abort(request)
-        while self._engine.has_work:
-            self.step()
+        self._engine.abort_all()
 
     def host(self, run: dict[str, Any], steps: int) -> dict[str, Any]:
         times, batch = self._engine.times, len(self._requests)

@@ -10,7 +10,8 @@ import pytest
 
 from rowint8.eval import serve
 from rowint8.eval.errors import EvalError
-from rowint8.eval.serve import free_port, stop, vllm_server
+from rowint8.eval.processes import stop
+from rowint8.eval.serve import free_port, vllm_server
 
 SERVER = """
 import os, signal, subprocess, sys, time
