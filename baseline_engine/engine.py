@@ -91,12 +91,12 @@ class Engine:
 
     def abort_all(self) -> None:
         """Ends every request; the tokens of a step in flight are dropped."""
-        for request in [*self.scheduler.running, *self.scheduler.waiting]:
-            self.abort(request)
-        self._drain()
+        self._abort([*self.scheduler.running, *self.scheduler.waiting])
 
-    def _drain(self) -> None:
-        """Records the step in flight, whose tokens requests that have ended do not get."""
+    def _abort(self, requests: Sequence[Request]) -> None:
+        """Ends the requests, then records the step in flight, of which they get no token."""
+        for request in requests:
+            self.abort(request)
         if self._in_flight:
             self._record(self._in_flight)
             self._in_flight = None
@@ -170,9 +170,7 @@ class Engine:
         try:
             self._run(requests, on_token)
         finally:  # also when interrupted, or when on_token raises
-            for request in requests:
-                self.abort(request)
-            self._drain()
+            self._abort(requests)
         wall = perf_counter() - start
         completions = [self.complete(request) for request in requests]
         self.metrics = RunMetrics(
