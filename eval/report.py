@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rowint8.eval import schema
+from rowint8.eval.agreement import compared
 from rowint8.eval.errors import EvalError
 from rowint8.eval.markdown import TBD, fill, folded, number, table
 from rowint8.eval.plot_report import pictures
@@ -226,8 +227,8 @@ def _agreement_line(found: Found) -> str:
         gaps = ", ".join(f"{row.logprob_gap:.3f}" for row in rows if row.logprob_gap is not None)
         same = f"{sum(row.agreed == row.tokens for row in rows)} of {len(rows)} prompts, {rows[0].tokens} tokens each"
         where = f"; where they part vLLM sees the two tokens {gaps} nats apart" if gaps else ""
-        told.append(f"{same} on {results.environment.device} in {rows[0].dtype} ({stem}){where}")
-    return f"Both engines with rowint8 write the same greedy tokens: {'. '.join(told)}." if told else TBD
+        told.append(f"{compared(rows)}, {same} on {results.environment.device} in {rows[0].dtype} ({stem}){where}")
+    return f"Two engines with rowint8 that write the same greedy tokens: {'; '.join(told)}." if told else TBD
 
 
 def _gaps(found: Found) -> str:

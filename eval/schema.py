@@ -96,6 +96,8 @@ class AgreementRow:
     """First tokens that are the same."""
     logprob_gap: NotNegative | None
     """Where they part: log-probability of vLLM's token less that of the other's, by vLLM; None where they do not."""
+    tensor_parallel_size: Count = 1
+    """GPUs of vLLM. With several the other engine is vLLM on one."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
