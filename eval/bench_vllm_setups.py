@@ -37,7 +37,7 @@ SETUPS = {
     "bf16": Setup({}),
     "rowint8": Setup({"quantization": "rowint8"}),
     "rowint8-unfused": _rowint8(fuse_swiglu=False),
-    "rowint8-vllm-norm": _rowint8(fuse_norm=False),
+    "rowint8-norm": _rowint8(fuse_norm=True),
     "rowint8-lm-head": _rowint8(lm_head=True),
     "fp8": Setup({"quantization": "fp8"}),
     "w8a16": Setup({"load_format": "dummy", "hf_overrides": {"quantization_config": packed_config(())}}),

@@ -17,7 +17,7 @@ def bench_vllm(
     setups: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="Comma-separated: bf16, rowint8, rowint8-unfused, rowint8-vllm-norm, rowint8-lm-head, fp8, w8a16, "
+            help="Comma-separated: bf16, rowint8, rowint8-unfused, rowint8-norm, rowint8-lm-head, fp8, w8a16, "
             "humming. Default: all."
         ),
     ] = None,
@@ -66,7 +66,7 @@ def bench_serve(
     setups: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="Comma-separated: bf16, rowint8, rowint8-unfused, rowint8-vllm-norm, rowint8-lm-head, fp8, w8a16. "
+            help="Comma-separated: bf16, rowint8, rowint8-unfused, rowint8-norm, rowint8-lm-head, fp8, w8a16. "
             "Default: bf16,rowint8,fp8."
         ),
     ] = None,

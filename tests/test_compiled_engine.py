@@ -80,7 +80,7 @@ def test_no_request_waits_for_a_kernel(folder, mode):
 @pytest.mark.parametrize("quantization", ["none", "rowint8"])
 def test_prompts_in_graphs_say_what_they_say_without(folder, quantization):
     """In bf16, as FlashAttention needs it: likelihoods of the first token and of one that follows a graph's step."""
-    limits = {"dtype": "bfloat16", "device": "cuda", "cache_tokens": 4096}
+    limits = {"dtype": "bfloat16", "device": "cuda", "cache_tokens": 4096, "prompt_graph_tokens": 1024}
     eager, graph = (engine_for(folder, quantization=quantization, mode=mode, **limits) for mode in ("eager", "graph"))
     if not graph.runner.prompt_graphs:
         pytest.skip("attention here captures no prompts")

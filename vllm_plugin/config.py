@@ -20,15 +20,14 @@ from torch import nn
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from vllm.platforms import current_platform
 
 from rowint8.kernels.ops import ACTIVATION_DTYPES
 from rowint8.vllm_plugin.norm import prefer_provider
 
 logger = init_logger(f"vllm.{__name__}")
 
-_FLAGS = ("serialized", "lm_head", "fuse_swiglu", "fuse_norm")
-_OPTIONS = ("quant_method", "ignore", *_FLAGS)
+_FLAGS = {"serialized": True, "lm_head": False, "fuse_swiglu": True, "fuse_norm": False}
+_OPTIONS = ("quant_method", "serialized", "ignore", "lm_head", "fuse_swiglu", "fuse_norm")
 
 
 class RowInt8Config(QuantizationConfig):
@@ -38,16 +37,16 @@ class RowInt8Config(QuantizationConfig):
         self,
         serialized: bool = False,
         ignore: list[str] | None = None,
-        lm_head: bool = False,
-        fuse_swiglu: bool = True,
-        fuse_norm: bool | None = None,
+        lm_head: bool = _FLAGS["lm_head"],
+        fuse_swiglu: bool = _FLAGS["fuse_swiglu"],
+        fuse_norm: bool = _FLAGS["fuse_norm"],
     ) -> None:
         super().__init__()
         self.serialized = serialized
         self.ignore = ignore or []
         self.lm_head = lm_head
         self.fuse_swiglu = fuse_swiglu
-        self.fuse_norm = current_platform.is_cuda() if fuse_norm is None else fuse_norm
+        self.fuse_norm = fuse_norm
 
     def get_name(self) -> Any:
         return "rowint8"
@@ -70,7 +69,7 @@ class RowInt8Config(QuantizationConfig):
         unknown = sorted(set(config) - set(_OPTIONS))
         if unknown:
             raise ValueError(f"rowint8: unknown option {', '.join(unknown)}; accepted are {', '.join(_OPTIONS)}")
-        flags = {name: config[name] for name in _FLAGS if name in config}
+        flags = {name: config.get(name, default) for name, default in _FLAGS.items()}
         for name, value in flags.items():
             if not isinstance(value, bool):
                 raise ValueError(f"rowint8: {name} must be true or false, got {value!r}")
@@ -79,9 +78,9 @@ class RowInt8Config(QuantizationConfig):
             raise ValueError(f'rowint8: ignore must be a list of names or "re:" patterns, got {ignore!r}')
         _compile_patterns(ignore)
         ignores_head = [name for name in ignore if _names_head(name)]
-        if flags.get("lm_head") and ignores_head:
+        if flags["lm_head"] and ignores_head:
             raise ValueError(f'rowint8: lm_head is true, but ignore holds {ignores_head[0]!r}; set "lm_head": false')
-        return cls(ignore=ignore, **{"serialized": True, **flags})
+        return cls(ignore=ignore, **flags)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Turns full checkpoint names into vLLM's; patterns are the user's to write."""
