@@ -1,5 +1,5 @@
 """Do two engines say the same? Greedy tokens of the small engine and of vLLM, both with rowint8, side by side; or of
-vLLM on several GPUs and on one.
+vLLM on several ranks and on one.
 
 The weights are the same bits and the products the same operator, but attention, norms and rotary positions are computed
 by different code, so logits differ by rounding. Where the two best tokens are closer than that, the engines may part,
@@ -38,7 +38,7 @@ def compare(model: Path, dtype: str, ranks: int = 1) -> list[AgreementRow]:
 
     Args:
         dtype: of the arithmetic in both: "bfloat16", "float16" or "float32".
-        ranks: GPUs of vLLM. With several it is compared with vLLM on one GPU, not with the small engine.
+        ranks: of vLLM. With several it is compared with vLLM on one, not with the small engine.
 
     Raises:
         EvalError: vLLM is not installed or failed.
@@ -80,7 +80,7 @@ def run_vllm(model: Path, dtype: str, prompts: Sequence[Sequence[int]], ranks: i
         "sampling": {"max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "logprobs": _CANDIDATES},
         "prompts": prompts,
     }
-    return run_worker("vllm_run", request, vllm_environment())
+    return run_worker("vllm_run", request, vllm_environment(ranks))
 
 
 def row_of(prompt: str, ours: list[int], theirs: dict[str, Any], dtype: str, ranks: int = 1) -> AgreementRow:
@@ -99,7 +99,7 @@ def row_of(prompt: str, ours: list[int], theirs: dict[str, Any], dtype: str, ran
 def compared(rows: Sequence[AgreementRow]) -> str:
     """Which two engines the rows compare."""
     ranks = rows[0].tensor_parallel_size
-    return "baseline engine against vLLM" if ranks == 1 else f"vLLM on {ranks} GPUs against vLLM on one"
+    return "baseline engine against vLLM" if ranks == 1 else f"vLLM on {ranks} ranks against vLLM on one"
 
 
 def agreement_table(rows: Sequence[AgreementRow]) -> Table:

@@ -119,7 +119,7 @@ def run_setup(
         EvalError: the server or a request failed.
     """
     flags = server_flags({**arguments, **SERVED[name].llm})
-    with vllm_server(model, flags) as base_url:
+    with vllm_server(model, flags, arguments["tensor_parallel_size"]) as base_url:
         for rate in rates:
             yield send(name, model, base_url, rate, load)
 

@@ -111,7 +111,7 @@ def agreement(
     model: Annotated[Path, typer.Option(help="A model folder.")] = DEFAULT_FOLDER,
     dtype: Dtype = None,
     tensor_parallel_size: Annotated[
-        int, typer.Option(min=1, help="GPUs of vLLM. With several its tokens are compared with those of vLLM on one.")
+        int, typer.Option(min=1, help="Ranks of vLLM. With several its tokens are compared with those of vLLM on one.")
     ] = 1,
     json_file: Json = None,
 ) -> None:

@@ -18,9 +18,11 @@ def copy_with_padded_heads(model: Path, out: Path, ranks: int) -> None:
     """
     from torch.nn.functional import pad
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     if out.exists():
         raise EvalError(f"{out} exists; remove it or choose another folder with --out")
+    disable_progress_bar()
     plain = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     if not isinstance(plain, LlamaForCausalLM) or plain.config.attention_bias:
         raise EvalError(f"{model} is {type(plain).__name__}; accepted is LlamaForCausalLM without attention bias")

@@ -115,8 +115,9 @@ def require_package(name: str, how: str) -> None:
         raise EvalError(f"{name} is not installed; {how}")
 
 
-def vllm_environment() -> dict[str, str]:
-    """This process's environment with what vLLM needs to run here: no network, no reports, a small KV cache on the CPU.
+def vllm_environment(ranks: int = 1) -> dict[str, str]:
+    """This process's environment with what vLLM needs to run here: no network, no reports, a small KV cache on the CPU,
+    where several ranks share the cores (by itself vLLM gives each a NUMA node, and few machines have several).
 
     What the user has set stays.
     """
@@ -125,6 +126,16 @@ def vllm_environment() -> dict[str, str]:
     settings = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if not torch.cuda.is_available():
         settings["VLLM_CPU_KVCACHE_SPACE"] = "1"
+        if ranks > 1:
+            settings["VLLM_CPU_OMP_THREADS_BIND"] = _shared_cores(ranks)
     elif importlib.util.find_spec("flashinfer") is None:
         settings["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
     return {**settings, **os.environ}
+
+
+def _shared_cores(ranks: int) -> str:
+    """Such as "0,1|2,3": this process's cores in equal parts, as vLLM wants them."""
+    cores = sorted(os.sched_getaffinity(0))
+    each = max(len(cores) // ranks, 1)
+    parts = [cores[rank * each % len(cores) :][:each] for rank in range(ranks)]
+    return "|".join(",".join(map(str, part)) for part in parts)

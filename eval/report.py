@@ -94,7 +94,7 @@ def parts(found: Found) -> dict[str, str]:
     return {
         "kernels": f"{short_table(kernels)}\n{tallies(_of_kind(found, KernelRow))}",
         "quality": quality_summary(found.get("quality-smollm2")),
-        "agreement": _agreement_line(found),
+        "agreement": _agreement(found),
         "limits": limits(kernels),
         "compiler": compiler_table(found.get("kernels-compile-h100")),
         "gaps": _gaps(found),
@@ -117,7 +117,7 @@ def report(found: Found) -> str:
         "Kernels": "\n".join([tallies(kernels), _chapters(found, KernelRow, kernel_section, "kernels-h100")]),
         "Memory": memory_section(read_ceilings(found)),
         "Quality": _quality(found),
-        "Agreement of the two engines": _agreement_line(found),
+        "Agreement of the two engines": _agreement(found),
         "Plots": "\n".join(f"![{name}]({name})" for name in pictures(found)) or TBD,
         "Reproduction": _reproduction(found),
     }
@@ -220,15 +220,16 @@ def _quality(found: Found) -> str:
     return lm_eval + "\n" + _chapters(found, FidelityRow, fidelity_table, "fidelity-smollm2")
 
 
-def _agreement_line(found: Found) -> str:
-    told = []
+def _agreement(found: Found) -> str:
+    lines = []
     for stem, results in _of_kind(found, AgreementRow).items():
         rows: Sequence[AgreementRow] = results.rows
         gaps = ", ".join(f"{row.logprob_gap:.3f}" for row in rows if row.logprob_gap is not None)
-        same = f"{sum(row.agreed == row.tokens for row in rows)} of {len(rows)} prompts, {rows[0].tokens} tokens each"
-        where = f"; where they part vLLM sees the two tokens {gaps} nats apart" if gaps else ""
-        told.append(f"{compared(rows)}, {same} on {results.environment.device} in {rows[0].dtype} ({stem}){where}")
-    return f"Two engines with rowint8 that write the same greedy tokens: {'; '.join(told)}." if told else TBD
+        same = f"{sum(row.agreed == row.tokens for row in rows)} of {len(rows)}"
+        where = f"{results.environment.device}, {rows[0].dtype}"
+        lines.append([stem, compared(rows), where, f"{same}, {rows[0].tokens} tokens each", gaps])
+    headings = ["file", "greedy tokens, rowint8", "on", "prompts that agree", "gaps where they part, nats"]
+    return table(headings, lines) if lines else TBD
 
 
 def _gaps(found: Found) -> str:

@@ -97,7 +97,7 @@ class AgreementRow:
     logprob_gap: NotNegative | None
     """Where they part: log-probability of vLLM's token less that of the other's, by vLLM; None where they do not."""
     tensor_parallel_size: Count = 1
-    """GPUs of vLLM. With several the other engine is vLLM on one."""
+    """Ranks of vLLM. With several the other engine is vLLM on one."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)

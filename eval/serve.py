@@ -20,10 +20,11 @@ STOP_TIMEOUT = 20.0
 
 
 @contextmanager
-def vllm_server(model: Path, options: Sequence[str] = ()) -> Iterator[str]:
+def vllm_server(model: Path, options: Sequence[str] = (), ranks: int = 1) -> Iterator[str]:
     """Serves `model` on 127.0.0.1 and a free port; yields the base URL for an OpenAI client, stops it at the end.
 
-    Nothing is left running, whatever happens in the block.
+    `options` are flags of `vllm serve`, `ranks` is the tensor-parallel size that they name. Nothing is left running,
+    whatever happens in the block.
 
     Raises:
         EvalError: vLLM is not installed, or the server died or did not answer; the message holds the end of its log.
@@ -32,7 +33,7 @@ def vllm_server(model: Path, options: Sequence[str] = ()) -> Iterator[str]:
     command = [console_script("vllm"), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *options]
     with tempfile.TemporaryFile(mode="w+", errors="replace") as log:
         process = subprocess.Popen(
-            command, env=vllm_environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command, env=vllm_environment(ranks), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             if not wait_until_healthy(process, f"http://127.0.0.1:{port}/health"):

@@ -30,3 +30,18 @@ def test_the_engines_agree_on_the_real_model(smollm2):
     assert sum(row.agreed == 32 for row in rows) >= 8
     # float32 logits of about 20 are known to about 1e-5 after 30 layers: only closer candidates may swap places.
     assert all(row.logprob_gap is None or row.logprob_gap < 1e-3 for row in rows)
+
+
+def test_several_ranks_are_compared_with_one(smollm2, monkeypatch):
+    asked = []
+
+    def run_vllm(model, dtype, prompts, ranks):
+        asked.append(ranks)
+        return [{"token_ids": [7, ranks], "logprobs": [{"7": -0.1}, {"1": -0.3, "2": -0.2}]} for _ in prompts]
+
+    monkeypatch.setattr(agreement, "run_vllm", run_vllm)
+    rows = agreement.compare(smollm2, "float32", ranks=2)
+    assert asked == [1, 2]
+    assert [(row.agreed, row.tensor_parallel_size) for row in rows] == [(1, 2)] * 10
+    assert rows[0].logprob_gap == pytest.approx(0.1)
+    assert agreement.compared(rows) == "vLLM on 2 ranks against vLLM on one"
