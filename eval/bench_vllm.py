@@ -82,7 +82,8 @@ def run_setup(setup: Setup, llm: dict[str, Any], workloads: Sequence[Workload], 
     sizes = [[workload.batch, workload.prompt_tokens, workload.output_tokens] for workload in workloads]
     request = {"llm": {**llm, **setup.llm}, "workloads": sizes, "repeats": repeats}
     # On the CPU all cores, as nothing is served. The engine core has a process of its own, as everywhere in vLLM.
-    environment = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", **vllm_environment(llm["tensor_parallel_size"]), **setup.env}
+    ranks = llm.get("tensor_parallel_size", 1)
+    environment = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", **vllm_environment(ranks), **setup.env}
     return run_worker("bench_vllm_worker", request, environment, SETUP_TIMEOUT)
 
 
