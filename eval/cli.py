@@ -77,7 +77,9 @@ def demo_model(
     Example: rowint8 demo-model --out models/smollm2-135m-instruct
     """
     if split_over > 1:
-        copy_with_padded_heads(_made_demo_model(), folder, split_over)
+        model = _made_demo_model()
+        with err.status(f"making {folder}"):
+            copy_with_padded_heads(model, folder, split_over)
         out.print(f"{folder} made", highlight=False)
         return
     with err.status(f"making {folder}"):

@@ -5,6 +5,8 @@ reads nothing and its output is multiplied by zeros, so the copy computes what t
 weights, as a row of zeros stays one and a column of zeros changes no row's scale.
 """
 
+import os
+import tempfile
 from pathlib import Path
 
 from rowint8.eval.errors import EvalError
@@ -12,6 +14,8 @@ from rowint8.eval.errors import EvalError
 
 def copy_with_padded_heads(model: Path, out: Path, ranks: int) -> None:
     """Writes the model in folder `model`, of the Llama kind, to the folder `out`, which must not exist.
+
+    It appears whole or not at all.
 
     Raises:
         EvalError: `out` exists, or the model is of another kind.
@@ -35,5 +39,9 @@ def copy_with_padded_heads(model: Path, out: Path, ranks: int) -> None:
         added = [size - had for size, had in zip(slot.shape, weights[name].shape, strict=True)]
         weights[name] = pad(weights[name], [end for rows in added[::-1] for end in (0, rows)])
     padded.load_state_dict(weights)
-    padded.save_pretrained(out)
-    AutoTokenizer.from_pretrained(model).save_pretrained(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        whole = Path(scratch) / out.name
+        padded.save_pretrained(whole)
+        AutoTokenizer.from_pretrained(model).save_pretrained(whole)
+        os.rename(whole, out)
