@@ -72,15 +72,17 @@ def parse_goodput(text: str) -> dict[str, float]:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Writes a tokenizer whose word "t7" is token 7, for the vocabulary of the config.json in `folder`."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
+    """Writes a tokenizer whose words are token ids in six digits, for the vocabulary of the config.json in `folder`.
+
+    Nothing stands between words: vLLM refuses a text longer than its tokens can be at the length of the longest word.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
-    words = Tokenizer(WordLevel({f"t{token}": token for token in range(vocab_size)}, unk_token="t0"))
-    words.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
+    words = Tokenizer(models.WordLevel({f"{token:06}": token for token in range(vocab_size)}, unk_token="000000"))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex(".{6}"), "isolated")  # type: ignore[assignment]
+    words.decoder = decoders.Fuse()  # type: ignore[assignment]
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
 
 
@@ -133,7 +135,7 @@ def send(name: str, model: Path, base_url: str, rate: float, load: Load) -> Serv
     with tempfile.TemporaryDirectory() as scratch:
         flags = _client_flags(rate, load)
         place = ["--model", str(model), "--base-url", base_url.removesuffix("/v1")]
-        save = ["--save-result", "--result-dir", scratch, "--result-filename", "result.json"]
+        save = ["--save-result", "--save-detailed", "--result-dir", scratch, "--result-filename", "result.json"]
         run_quietly([console_script("vllm"), "bench", "serve", *place, *flags, *save], vllm_environment())
         result = json.loads((Path(scratch) / "result.json").read_text())
     return row_of(name, rate, load, result, shlex.join(["vllm", "bench", "serve", *flags]))
@@ -159,7 +161,7 @@ def row_of(name: str, rate: float, load: Load, result: Mapping[str, Any], comman
     if failed or result["total_output_tokens"] != result["completed"] * load.output_tokens:
         raise EvalError(
             f"{name} at {rate:g} requests/s: {failed} of {result['num_prompts']} requests failed, "
-            f"{result['total_output_tokens']} output tokens came"
+            f"{result['total_output_tokens']} output tokens came{_first_error(result)}"
         )
     percentiles = {
         f"{metric}_ms": {p: result[f"{p}_{metric}_ms"] for p in ("p50", "p99")} for metric in ("ttft", "tpot", "itl")
@@ -177,6 +179,11 @@ def row_of(name: str, rate: float, load: Load, result: Mapping[str, Any], comman
         command=command,
         **percentiles,
     )
+
+
+def _first_error(result: Mapping[str, Any]) -> str:
+    errors = (error.strip() for error in result.get("errors", ()))
+    return next((f"; the first said: {error.splitlines()[-1]}" for error in errors if error), "")
 
 
 def serve_table(rows: Sequence[ServeRow]) -> Table:
