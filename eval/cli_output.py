@@ -72,7 +72,7 @@ class Kept:
     Args:
         path: of the file; None writes nothing.
         row_type: of its rows, which have a `setup`.
-        append: keep the rows of the file whose setup is none of `setups`.
+        append: keep the rows of the file whose setup is none of `setups`, and the order of its setups.
 
     Raises:
         EvalError: the file to append to cannot be read, or comes from another machine or other versions.
@@ -80,6 +80,7 @@ class Kept:
 
     def __init__(self, path: Path | None, row_type: type, append: bool, setups: Collection[str]) -> None:
         self.path, self.rows, self._after = path, [], ""
+        self._order: list[str] = []
         if append:
             if path is None:
                 raise EvalError("--append keeps the rows of a file; name it with --json")
@@ -93,11 +94,13 @@ class Kept:
         if changed := _differences(earlier.environment, describe_environment()):
             raise EvalError(f"{path} was measured elsewhere, so nothing is appended: {changed}")
         self.rows = [row for row in earlier.rows if row.setup not in setups]
+        self._order = list(dict.fromkeys(row.setup for row in earlier.rows))
         self._after = earlier.command
 
     def add(self, rows: Collection) -> None:
         """Adds rows and writes the file anew."""
-        self.rows += rows
+        places = {setup: place for place, setup in enumerate(self._order)}
+        self.rows = sorted([*self.rows, *rows], key=lambda row: places.get(row.setup, len(places)))
         if self.path is not None and rows:
             save(self.path, self.rows, after=self._after)
 

@@ -38,7 +38,7 @@ def test_appending_replaces_its_own_setups_and_keeps_the_others(file):
     kept.add([row("bf16", tok_s=7.0), row("rowint8")])
     kept.close()
     results = read_results(file, ServeRow)
-    assert results.rows == (row("fp8"), row("bf16", tok_s=7.0), row("rowint8"))
+    assert results.rows == (row("bf16", tok_s=7.0), row("fp8"), row("rowint8"))
     assert results.command == f"{first} && {first}"
 
 
