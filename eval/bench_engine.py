@@ -1,7 +1,7 @@
 """Speed and memory of the small engine, rung by rung, and of another engine beside it on the same requests.
 
 Every setup runs in a process of its own (`bench_engine_worker`). The ladder: plain torch, torch.compile, CUDA graphs,
-INT8 weights, INT8 with SwiGLU and norms fused, prompts in graphs too; each rung keeps what the one before it has.
+INT8 weights, INT8 with SwiGLU and norms fused; each rung keeps what the one before it has.
 Requests of a workload are handed in together and decoded greedily, with nothing cached. Each workload runs once
 unmeasured, then medians count; the throughput workload, which is long and comes last, runs just once.
 """
@@ -43,16 +43,17 @@ def setups(gpu: bool) -> dict[str, Setup]:
     """The rungs in order, then vLLM's. On the CPU there are no graphs, and in vLLM's place stands Hugging Face's
     `generate`, which takes requests of one size only: no throughput workload."""
     best = "graph" if gpu else "compile"
+    fused = {**_INT8, "mode": best, "fused": True}
     rungs = {
         "bf16-eager": {"mode": "eager"},
         "bf16-compile": {"mode": "compile"},
-        **({"bf16-graph": {"mode": "graph"}} if gpu else {}),
+        "bf16-graph": {"mode": "graph"},
         "int8": {**_INT8, "mode": best, "fused": False},
-        "int8-fused": {**_INT8, "mode": best, "fused": True},
-        **({"int8-fused-prompts": {**_INT8, "mode": best, "fused": True, "prompt_graph_tokens": 1024}} if gpu else {}),
-        "int8-fused-lm-head": {**_INT8, "mode": best, "fused": True, "int8_lm_head": True},
+        "int8-fused": fused,
+        "int8-fused-decode-graphs": {**fused, "prompt_graph_tokens": 0},
+        "int8-fused-lm-head": {**fused, "int8_lm_head": True},
     }
-    found = {name: Setup("baseline", arguments) for name, arguments in rungs.items()}
+    found = {name: Setup("baseline", arguments) for name, arguments in rungs.items() if gpu or "graph" not in name}
     if gpu:
         return found | {"vllm-bf16": Setup("vllm", {}), "vllm-rowint8": Setup("vllm", dict(_INT8))}
     return found | {"transformers-bf16": Setup("transformers", {})}

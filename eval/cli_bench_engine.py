@@ -14,8 +14,8 @@ def bench_engine(
         Optional[str],  # noqa: UP045
         typer.Option(
             help="Comma-separated: bf16-eager, bf16-compile, bf16-graph (GPU), int8, int8-fused, "
-            "int8-fused-prompts (GPU), int8-fused-lm-head, vllm-bf16, vllm-rowint8 (GPU), transformers-bf16 (CPU). "
-            "Default: all that run here."
+            "int8-fused-decode-graphs (GPU), int8-fused-lm-head, vllm-bf16, vllm-rowint8 (GPU), "
+            "transformers-bf16 (CPU). Default: all that run here."
         ),
     ] = None,
     model: Model = None,

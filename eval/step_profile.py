@@ -27,7 +27,7 @@ SAMPLINGS: dict[str, dict[str, float]] = {"greedy": {}, "top-p": {"temperature":
 
 
 def setups(gpu: bool) -> dict[str, Setup]:
-    """Those of `bench engine` whose engine can be stepped. How prompts run changes no decode step."""
+    """Those of `bench engine` whose engine can be stepped. Graphs for prompts change no decode step."""
     known = engine_setups(gpu).items()
     return {
         name: setup

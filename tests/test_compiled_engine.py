@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
+from rowint8.baseline_engine.engine import Engine
 from rowint8.baseline_engine.layers import RmsNorm, WeightFormat
-from rowint8.baseline_engine.sampler import SamplingParams
+from rowint8.baseline_engine.request import Completion
+from rowint8.baseline_engine.sampler import MAX_LOGPROBS, SamplingParams
 from rowint8.eval.bench_vllm_probe import Compilations
 from tests.engine_harness import assert_all_memory_returned, engine_for, tokens_of
 from tests.tiny_models import prompts_of_ids, write_tiny
@@ -76,22 +78,41 @@ def test_no_request_waits_for_a_kernel(folder, mode):
     assert compilations.read() == []
 
 
+def distances(expected: list[Completion], got: list[Completion]) -> list[float]:
+    """Mean distance of the likeliest tokens' logprobs, for each first token, and the second where the first is shared.
+
+    A token that only one of them reports counts as the other's least likely one.
+    """
+    pairs = []
+    for one, other in zip(expected, got, strict=True):
+        positions = [(one.logprobs[i].top, other.logprobs[i].top) for i in range(2)]
+        pairs += positions[: 1 + (one.token_ids[0] == other.token_ids[0])]
+    return [sum(abs(a[i] - b.get(i, min(b.values()))) for i in a) / len(a) for a, b in pairs]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("quantization", ["none", "rowint8"])
 def test_prompts_in_graphs_say_what_they_say_without(folder, quantization):
-    """In bf16, as FlashAttention needs it: likelihoods of the first token and of one that follows a graph's step."""
-    limits = {"dtype": "bfloat16", "device": "cuda", "cache_tokens": 4096, "prompt_graph_tokens": 1024}
+    """In bf16, as FlashAttention needs it: no farther from fp32 than plain torch in bf16, about 0.04 nats, 0.1 at most.
+
+    What is said of another prompt is 0.5 nats away or more.
+    """
+    params = SamplingParams(max_tokens=2, logprobs=MAX_LOGPROBS)
+    prompts = [prompts_of_ids(90), prompts_of_ids(3, 17, 1, 30), prompts_of_ids(*[20] * 40)]
+    exact = engine_for(folder, quantization=quantization)
+    expected = [exact.generate(each, params) for each in prompts]
+    limits = {"dtype": "bfloat16", "device": "cuda", "cache_tokens": 4096}
     eager, graph = (engine_for(folder, quantization=quantization, mode=mode, **limits) for mode in ("eager", "graph"))
     if not graph.runner.prompt_graphs:
         pytest.skip("attention here captures no prompts")
-    for prompts in (prompts_of_ids(90), prompts_of_ids(3, 17, 1, 30), prompts_of_ids(*[20] * 40)):
-        params = SamplingParams(max_tokens=2, logprobs=5)
-        pairs = zip(eager.generate(prompts, params), graph.generate(prompts, params), strict=True)
-        for expected, got in pairs:
-            first, other = expected.logprobs[0].top, got.logprobs[0].top
-            for token in first.keys() & other.keys():
-                assert abs(first[token] - other[token]) < 0.05
-            assert len(first.keys() & other.keys()) >= 3
+
+    def errors(engine: Engine) -> list[float]:
+        answers = [engine.generate(each, params) for each in prompts]
+        return [error for pair in zip(expected, answers, strict=True) for error in distances(*pair)]
+
+    allowed, found = errors(eager), errors(graph)
+    assert sum(found) / len(found) < 1.25 * sum(allowed) / len(allowed)
+    assert max(found) < 0.25
 
 
 @pytest.mark.gpu
