@@ -43,7 +43,7 @@ Found = Mapping[str, Results]
 _SPREADS = {"ttft_ms": "TTFT", "tok_s": "tok/s"}
 _LLAMA_FILES = ("engine-h100", "vllm-h100")
 """Of Llama-3.1-8B's shape."""
-_DOCUMENTS = ("README.md", "POSTMORTEM.md", "docs/engine.md")
+_DOCUMENTS = ("README.md", "POSTMORTEM.md", "docs/engine.md", "docs/vllm.md")
 _KINDS: list[Any] = [kind for name, kind in vars(schema).items() if name.endswith("Row") and is_dataclass(kind)]
 OURS = ("baseline bf16", "baseline int8", "baseline int8-fused")
 _PRODUCTION = ("vllm bf16", "vllm rowint8")
@@ -94,11 +94,13 @@ def parts(found: Found) -> dict[str, str]:
     return {
         "kernels": f"{short_table(kernels)}\n{tallies(_of_kind(found, KernelRow))}",
         "quality": quality_summary(found.get("quality-smollm2")),
+        "quality-h100": quality_summary(found.get("quality-h100")),
         "agreement": _agreement(found),
         "limits": limits(kernels),
         "compiler": compiler_table(found.get("kernels-compile-h100")),
         "gaps": _gaps(found),
         "vllm": vllm_table(found.get("vllm-h100")),
+        "vllm-tp2": vllm_table(found.get("vllm-h100x2")),
         "fidelity": fidelity_line(found.get("fidelity-smollm2")),
         "profile": parts_table(profile.rows) if (profile := found.get("profile-h100")) else TBD,
         "engine": engine_table(found.get("engine-h100")),

@@ -40,12 +40,12 @@ def quality_summary(results: Results[QualityRow] | None) -> str:
     others = [name for name in dict.fromkeys(map(backend_name, results.rows)) if name != backend_name(first)]
     cases: dict[tuple[str, str], list[str]] = {}
     for row in results.rows:
-        cells = cases.setdefault((row.task, row.metric), [])
+        cells = cases.setdefault((f"{row.task} ({row.questions})", row.metric), [])
         cells.append(f"{row.value:.4f}" if row.difference is None else _with_flips(row))
-    head = f"{first.questions} questions a task, {first.dtype}; paired differences with their standard errors, in "
-    head += "brackets questions gained and lost.\n\n"
+    head = f"{results.environment.device}, {first.dtype}; paired differences with their standard errors, in brackets "
+    head += "questions gained and lost.\n\n"
     return head + table(
-        ["task", "metric", backend_name(first), *others], [[*case, *cells] for case, cells in cases.items()]
+        ["task (questions)", "metric", backend_name(first), *others], [[*case, *cells] for case, cells in cases.items()]
     )
 
 

@@ -117,7 +117,7 @@ def cells(text, *start):
     return found
 
 
-@pytest.mark.parametrize("name", ["results/REPORT.md", "README.md", "POSTMORTEM.md", "docs/engine.md"])
+@pytest.mark.parametrize("name", ["results/REPORT.md", "README.md", "POSTMORTEM.md", "docs/engine.md", "docs/vllm.md"])
 def test_committed_document_is_what_the_results_give(name):
     folder = ROOT / "results"
     wanted = documents(folder, read_folder(folder))[ROOT / name]
@@ -162,7 +162,7 @@ def test_new_files_are_picked_up_by_the_keys_of_their_rows(tmp_path):
     assert cells(text, "serve-h100")[1:9] == ["4", "vllm rowint8", "512", "128", "31.5", "62.5", "5.5", "6.5"]
     assert cells(section(text, "### fidelity-smollm2"), "rowint8")[5:] == ["0.0123", "0.01", "0.1", "0.5", "97.50%"]
     assert cells(section(text, "### quality-smollm2"), "t", "acc")[5] == "0.5000 ± 0.1000"
-    assert "\n| t | acc | 0.5000 |" in parts(found)["quality"]
+    assert "\n| t (9) | acc | 0.5000 |" in parts(found)["quality"]
     least = (8.46 * GIB - 2 * 128256 * 4096) / 3.0e12 * 1000
     gap = cells(parts(found)["gaps"], "engine-h100", "baseline int8-fused")
     assert gap[2:] == ["5.00", f"{least:.2f}", f"{5.0 / least:.2f}", f"{5.0 / 4.8:.2f}"]
