@@ -47,7 +47,7 @@ def bench_engine(
     names = choose_setups(setups, known)
     sizes = parse_workloads(workloads or job.DEFAULT_WORKLOADS)
     warn_if_busy()
-    kept = Kept(json_file, EngineRow, append, [job.row_setup(name) for name in names])
+    kept = Kept(json_file, EngineRow, append)
     with model_folder(model, config, layers) as (folder, loading):
         vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
         requests = [job.uniform_requests(size, vocab_size) for size in sizes]

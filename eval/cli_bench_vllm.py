@@ -48,7 +48,7 @@ def bench_vllm(
     names = _installed(choose_setups(setups))
     sizes = job.parse_workloads(workloads or job.DEFAULT_WORKLOADS)
     warn_if_busy()
-    kept = Kept(json_file, VllmRow, append, names)
+    kept = Kept(json_file, VllmRow, append)
     with model_folder(model, config, layers) as (folder, loading):
         llm = {**loading, **job.llm_arguments(folder, sizes, tensor_parallel_size, enforce_eager)}
 
@@ -95,7 +95,7 @@ def bench_serve(
     sent_at = job.parse_rates(rates)
     load = job.Load(prompt_tokens, output_tokens, seconds, job.parse_goodput(goodput))
     warn_if_busy()
-    kept = Kept(json_file, ServeRow, append, names)
+    kept = Kept(json_file, ServeRow, append)
     with model_folder(model, config, layers) as (folder, loading):
         if model is None:
             job.write_tokenizer(folder)

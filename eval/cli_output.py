@@ -72,35 +72,37 @@ class Kept:
     Args:
         path: of the file; None writes nothing.
         row_type: of its rows, which have a `setup`.
-        append: keep the rows of the file whose setup is none of `setups`, and the order of its setups.
+        append: keep the rows that the file has, but those of setups that are added, which take their place.
 
     Raises:
         EvalError: the file to append to cannot be read, or comes from another machine or other versions.
     """
 
-    def __init__(self, path: Path | None, row_type: type, append: bool, setups: Collection[str]) -> None:
+    def __init__(self, path: Path | None, row_type: type, append: bool) -> None:
         self.path, self.rows, self._after = path, [], ""
-        self._order: list[str] = []
+        self._earlier: Sequence = ()
+        self._added: list = []
         if append:
             if path is None:
                 raise EvalError("--append keeps the rows of a file; name it with --json")
-            self._read(path, row_type, setups)
+            self._read(path, row_type)
 
-    def _read(self, path: Path, row_type: type, setups: Collection[str]) -> None:
+    def _read(self, path: Path, row_type: type) -> None:
         from rowint8.eval.environment import describe_environment
         from rowint8.eval.result_files import read_results
 
         earlier: Any = read_results(path, row_type)
         if changed := _differences(earlier.environment, describe_environment()):
             raise EvalError(f"{path} was measured elsewhere, so nothing is appended: {changed}")
-        self.rows = [row for row in earlier.rows if row.setup not in setups]
-        self._order = list(dict.fromkeys(row.setup for row in earlier.rows))
-        self._after = earlier.command
+        self._earlier, self._after = earlier.rows, earlier.command
 
     def add(self, rows: Collection) -> None:
         """Adds rows and writes the file anew."""
-        places = {setup: place for place, setup in enumerate(self._order)}
-        self.rows = sorted([*self.rows, *rows], key=lambda row: places.get(row.setup, len(places)))
+        self._added += rows
+        replaced = {row.setup for row in self._added}
+        places = {setup: place for place, setup in enumerate(dict.fromkeys(row.setup for row in self._earlier))}
+        kept = [row for row in self._earlier if row.setup not in replaced]
+        self.rows = sorted([*kept, *self._added], key=lambda row: places.get(row.setup, len(places)))
         if self.path is not None and rows:
             save(self.path, self.rows, after=self._after)
 

@@ -31,7 +31,6 @@ def profile(
     import torch
 
     from rowint8.eval import step_profile as job
-    from rowint8.eval.bench_engine import row_setup
     from rowint8.eval.bench_serve import write_tokenizer
     from rowint8.eval.bench_vllm_setups import choose_setups, model_folder
     from rowint8.eval.profile_tables import console_tables
@@ -41,7 +40,7 @@ def profile(
     names = choose_setups(setups, known)
     cases = job.parse_batches(batches), job.parse_samplings(sampling), prompt_tokens, steps
     warn_if_busy()
-    kept = Kept(json_file, ProfileRow, append, [row_setup(name) for name in names])
+    kept = Kept(json_file, ProfileRow, append)
     with model_folder(model, config, layers) as (folder, loading):
         if model is None:
             write_tokenizer(folder)

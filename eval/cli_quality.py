@@ -50,7 +50,7 @@ def quality(
     chosen = job.choose(backends)
     with err.status("looking up the tasks"):
         found = resolve([name.strip() for name in tasks.split(",")], data)
-    kept, base = Kept(json_file, QualityRow, False, ()), None
+    kept, base = Kept(json_file, QualityRow, False), None
     for number, (name, backend) in enumerate(chosen.items(), 1):
         output = lm_eval_output / name if lm_eval_output else None
         with err.status(f"lm-eval on {name} ({number} of {len(chosen)})"):

@@ -22,7 +22,7 @@ def row(setup: str, tok_s: float = 5.0) -> ServeRow:
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "serve.json"
-    kept = Kept(path, ServeRow, False, ["bf16", "fp8"])
+    kept = Kept(path, ServeRow, False)
     kept.add([row("bf16")])
     kept.add([row("fp8")])
     return path
@@ -34,7 +34,7 @@ def test_rows_are_in_the_file_as_soon_as_they_are_added(file):
 
 def test_appending_replaces_its_own_setups_and_keeps_the_others(file):
     first = read_results(file, ServeRow).command
-    kept = Kept(file, ServeRow, True, ["bf16", "rowint8"])
+    kept = Kept(file, ServeRow, True)
     kept.add([row("bf16", tok_s=7.0), row("rowint8")])
     kept.close()
     results = read_results(file, ServeRow)
@@ -42,18 +42,28 @@ def test_appending_replaces_its_own_setups_and_keeps_the_others(file):
     assert results.command == f"{first} && {first}"
 
 
+def test_a_setup_that_failed_loses_no_rows(file):
+    def run(name):
+        if name == "bf16":
+            raise EvalError("out of memory")
+        yield row(name)
+
+    assert Kept(file, ServeRow, True).measure(["bf16", "rowint8"], run) == ["bf16"]
+    assert read_results(file, ServeRow).rows == (row("bf16"), row("fp8"), row("rowint8"))
+
+
 def test_nothing_is_appended_to_what_another_machine_measured(file):
     content = json.loads(file.read_text())
     content["environment"]["device"] = "another card"
     file.write_text(json.dumps(content))
     with pytest.raises(EvalError, match=r"measured elsewhere.*device another card and"):
-        Kept(file, ServeRow, True, ["rowint8"])
+        Kept(file, ServeRow, True)
     assert json.loads(file.read_text()) == content
 
 
 def test_appending_needs_a_file():
     with pytest.raises(EvalError, match="--append keeps the rows of a file; name it with --json"):
-        Kept(None, ServeRow, True, ["rowint8"])
+        Kept(None, ServeRow, True)
 
 
 def test_the_command_tells_no_places_of_this_machine(tmp_path, monkeypatch):
