@@ -34,9 +34,9 @@ def swiglu(tokens: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     return silu(gate) * up
 
 
-def add_rms_norm(tokens: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(tokens: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """[M, H]; see `ops.add_rms_norm`."""
-    total = tokens.clone() if residual is None else tokens + residual
+    total = tokens + residual
     return rms_norm(total, weight.shape, eps=eps) * weight, total
 
 

@@ -17,7 +17,7 @@ ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _library = torch.library.Library("rowint8", "DEF")
 _library.define("linear(Tensor x, Tensor values, Tensor scale, Tensor? bias=None) -> Tensor")
 _library.define("swiglu(Tensor x, Tensor values, Tensor scale) -> Tensor")
-_library.define("add_rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps) -> (Tensor, Tensor)")
+_library.define("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)")
 
 
 def linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -56,7 +56,7 @@ def swiglu(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     return torch.ops.rowint8.swiglu.default(x, values, scale)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """total = x + residual; normed = total / sqrt(mean(total^2) + eps) * weight over the last dimension.
 
     Rounds where Hugging Face's `LlamaRMSNorm` of the eager `x + residual` does, since models are published with what
@@ -67,12 +67,12 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
 
     Args:
         x: fp32, bf16 or fp16 [..., H].
-        residual: as x, or None for the plain RMSNorm of x.
+        residual: as x.
         weight: [H] in x's dtype.
         eps: added to the mean of squares.
 
     Returns:
-        (normed, total), both [..., H] in x's dtype and new: without a residual, total is a copy of x.
+        (normed, total), both [..., H] in x's dtype.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
@@ -102,18 +102,18 @@ def _check_dtype(x: Tensor) -> None:
         raise ValueError(f"rowint8: activations are {x.dtype}; accepted are float32, bfloat16 and float16")
 
 
-def _check_norm(x: Tensor, residual: Tensor | None, weight: Tensor) -> None:
+def _check_norm(x: Tensor, residual: Tensor, weight: Tensor) -> None:
     """Raises ValueError unless the arguments of `add_rms_norm` fit together."""
     _check_dtype(x)
     if x.dim() == 0:
         raise ValueError("rowint8: activations must be [..., H], got a scalar")
-    if residual is not None and (residual.dtype != x.dtype or residual.shape != x.shape):
+    if residual.dtype != x.dtype or residual.shape != x.shape:
         given = f"{residual.dtype} {list(residual.shape)}"
         raise ValueError(f"rowint8: residual must be {x.dtype} {list(x.shape)} as the activations are, got {given}")
     if weight.dtype != x.dtype or weight.shape != x.shape[-1:]:
         given = f"{weight.dtype} {list(weight.shape)}"
         raise ValueError(f"rowint8: norm weight must be {x.dtype} [{x.shape[-1]}] to fit the activations, got {given}")
-    if any(t is not None and t.device != x.device for t in (residual, weight)):
+    if any(t.device != x.device for t in (residual, weight)):
         raise ValueError(f"rowint8: activations are on {x.device}; residual and norm weight must be there too")
 
 
@@ -133,7 +133,7 @@ def _swiglu_fake(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], values.shape[0] // 2)
 
 
-def _add_rms_norm_fake(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _add_rms_norm_fake(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     _check_norm(x, residual, weight)
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
@@ -150,11 +150,10 @@ def _run_swiglu(kernel: Callable, x: Tensor, values: Tensor, scale: Tensor) -> T
 
 
 def _run_add_rms_norm(
-    kernel: Callable, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    kernel: Callable, x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     _check_norm(x, residual, weight)
-    other = None if residual is None else _flatten(residual)
-    normed, total = kernel(_flatten(x), other, weight.contiguous(), eps)
+    normed, total = kernel(_flatten(x), _flatten(residual), weight.contiguous(), eps)
     return _unflatten(normed, x), _unflatten(total, x)
 
 
@@ -176,7 +175,7 @@ def _swiglu_cpu(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     return _run_swiglu(cpu.swiglu, x, values, scale)
 
 
-def _add_rms_norm_cpu(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _add_rms_norm_cpu(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return _run_add_rms_norm(cpu.add_rms_norm, x, residual, weight, eps)
 
 
@@ -192,7 +191,7 @@ def _swiglu_cuda(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     return _run_swiglu(int8_swiglu, x, values, scale)
 
 
-def _add_rms_norm_cuda(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _add_rms_norm_cuda(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     from rowint8.kernels.add_rms_norm import add_rms_norm as kernel
 
     return _run_add_rms_norm(kernel, x, residual, weight, eps)

@@ -26,12 +26,12 @@ def swiglu(x: Tensor, weight: Int8Weight, dtype: torch.dtype = torch.float64) ->
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype = torch.float64
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
     """(total / sqrt(mean(total^2) + eps) * weight, total), total = x + residual: [..., H] in `dtype`, never rounded.
 
     RMSNorm as in Zhang and Sennrich, "Root Mean Square Layer Normalization" (arXiv:1910.07467).
     """
-    total = x.to(dtype) if residual is None else x.to(dtype) + residual.to(dtype)
+    total = x.to(dtype) + residual.to(dtype)
     mean_square = total.square().mean(-1, keepdim=True)
     return total * torch.rsqrt(mean_square + eps) * weight.to(dtype), total

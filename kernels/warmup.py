@@ -116,7 +116,6 @@ def _launch(launches: list[tuple[WeightShape, int]], scratch: Tensor, dtype: tor
             values = _weight_in(scratch, weight)
             if op == "add_rms_norm":
                 add_rms_norm(x, x, vector, 1e-5)
-                add_rms_norm(x, None, vector, 1e-5)
             elif op == "swiglu":
                 int8_swiglu(x, values, scale)
             else:

@@ -101,11 +101,11 @@ class Launch(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
 
     def run(self) -> None:
-        """Calls the launcher of the kernels; for `add_rms_norm` n is the hidden size, and `bias` adds a residual."""
+        """Calls the launcher of the kernels; for `add_rms_norm` n is the hidden size."""
         with on_card(self.card) as device:
             if self.op == "add_rms_norm":
                 x = torch.empty(self.m, self.n, dtype=self.dtype, device=device)
-                add_rms_norm(x, x if self.bias else None, self._vector(self.dtype, device), 1e-5)
+                add_rms_norm(x, x, self._vector(self.dtype, device), 1e-5)
                 return
             x = torch.empty(self.m, self.k, dtype=self.dtype, device=device)
             weight = torch.empty(self.n, self.k, dtype=torch.int8, device=device), self._vector(torch.float16, device)

@@ -48,7 +48,7 @@ def compare(card: str, model: str, bias: bool, dtype: torch.dtype, limit: int, t
         f"{op} {m}x{n}x{k}: {kernel}"
         for op, n, k, has_bias in shapes
         for m in random.sample(tokens, min(_DRAWS, len(tokens)))
-        for kernel in recorded(Launch(card, op, m, n, k, has_bias or op == "add_rms_norm", dtype).run) - warmed
+        for kernel in recorded(Launch(card, op, m, n, k, has_bias, dtype).run) - warmed
     ]
     return dict(case=f"{card} {model} {dtype} {limit}", warmed=len(warmed), variants=ready[0].kernels, missing=missing)
 
