@@ -159,12 +159,12 @@ def _run_add_rms_norm(
 
 def _flatten(x: Tensor) -> Tensor:
     """[..., K] to contiguous [M, K]."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+    return (x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])).contiguous()
 
 
 def _unflatten(out: Tensor, x: Tensor) -> Tensor:
     """[M, N] to [..., N] with the leading dimensions of x."""
-    return out.view(*x.shape[:-1], out.shape[-1])
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
 
 def _linear_cpu(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

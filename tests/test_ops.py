@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from rowint8.kernels import ops, reference
+from rowint8.kernels import cpu, ops, reference
 from rowint8.kernels.quantize import Int8Weight, quantize_rowwise
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -31,6 +31,17 @@ def test_linear_on_the_cpu(assert_matches, dtype, shape, leading, bias):
     assert out.dtype == dtype
     product = reference.linear(x, weight)  # ATen's packed product rounds it before scale and bias follow
     assert_matches(out, reference.linear(x, weight, b), reference.linear(*absolute(x, weight, b)), product)
+
+
+@pytest.mark.parametrize("bf16_products", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (13, 7), (300, 576)])
+@pytest.mark.parametrize("tokens", [17, 130])
+def test_many_bf16_tokens_on_either_kind_of_cpu(assert_matches, monkeypatch, tokens, shape, bf16_products):
+    monkeypatch.setattr(cpu, "multiplies_bf16", lambda: bf16_products)
+    x, weight, bias = case(*shape, (tokens,), torch.bfloat16, bias=True)
+    out, product = ops.linear(x, *weight, bias), reference.linear(x, weight)
+    rounded = [product] if bf16_products else []
+    assert_matches(out, reference.linear(x, weight, bias), reference.linear(*absolute(x, weight, bias)), *rounded)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
