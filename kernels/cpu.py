@@ -21,15 +21,14 @@ FEW_TOKENS = 16
 _packed = torch._weight_int8pack_mm  # pyright: ignore[reportPrivateImportUsage]
 _PACKED_K = 32
 _WIDEN_ELEMENTS = 1 << 24
+_SCALE_ELEMENTS = 1 << 19
+"""Few enough for scaled numbers to stay in the cache: the memory of all of them took longer to get than the product."""
 
 
 def linear(tokens: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """[M, K] -> [M, N]; see `ops.linear`."""
     product = _int8_packed if _packed_applies(tokens, values) else _widened
-    out = product(tokens, values, scale)
-    if bias is not None:
-        out = out + bias
-    return out.to(tokens.dtype)
+    return product(tokens, values, scale, bias)
 
 
 def swiglu(tokens: Tensor, values: Tensor, scale: Tensor) -> Tensor:
@@ -49,19 +48,22 @@ def _packed_applies(tokens: Tensor, values: Tensor) -> bool:
     return few and tokens.dtype != torch.float32 and values.numel() > 0 and values.shape[1] % _PACKED_K == 0
 
 
-def _int8_packed(tokens: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+def _int8_packed(tokens: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     if tokens.dtype == torch.float16:
-        return _packed(tokens, values, scale)
-    unit = tokens.new_ones(values.shape[0])
-    return _packed(tokens, values, unit) * scale  # bf16 * fp16 is fp32
+        out = _packed(tokens, values, scale)
+    else:
+        out = _packed(tokens, values, tokens.new_ones(values.shape[0])) * scale  # bf16 * fp16 is fp32
+    return (out if bias is None else out + bias).to(tokens.dtype)
 
 
-def _widened(tokens: Tensor, values: Tensor, scale: Tensor) -> Tensor:
-    """fp32 [M, N]."""
+def _widened(tokens: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     wide = tokens if tokens.dtype == torch.bfloat16 and multiplies_bf16() else tokens.float()
-    rows = max(1, _WIDEN_ELEMENTS // max(1, values.shape[1]))
-    parts = [wide @ block.to(wide.dtype).T for block in values.split(rows)]
-    return torch.cat(parts, dim=1) * scale if parts else wide.new_empty(len(wide), 0)
+    blocks = values.split(max(1, _WIDEN_ELEMENTS // max(1, values.shape[1])))
+    parts = [wide @ block.to(wide.dtype).T for block in blocks]
+    out = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    for rows in out.split(max(1, _SCALE_ELEMENTS // max(1, len(values)))):  # in fp32
+        rows.copy_(rows * scale if bias is None else rows * scale + bias)
+    return out.to(tokens.dtype)
 
 
 @cache
