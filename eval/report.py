@@ -100,7 +100,7 @@ def parts(found: Found) -> dict[str, str]:
         "compiler": compiler_table(found.get("kernels-compile-h100")),
         "gaps": _gaps(found),
         "vllm": vllm_table(found.get("vllm-h100")),
-        "vllm-tp2": vllm_table(found.get("vllm-h100x2")),
+        "vllm-tp2": "\n".join(vllm_table(found.get(f"vllm-{cards}")) for cards in ("h100x2", "h200x2")),
         "fidelity": fidelity_line(found.get("fidelity-smollm2")),
         "profile": parts_table(profile.rows) if (profile := found.get("profile-h100")) else TBD,
         "engine": engine_table(found.get("engine-h100")),
