@@ -160,8 +160,8 @@ _PART_US_PER_MB = 0.48
 
 _HOPPER_RING_BYTES = 221 * 1024
 """Shared memory for stages; the rest of a program's 227 KiB holds barriers and the epilogue's scratch."""
-_HOPPER_MIN_TOKENS = {"linear": 17, "swiglu": 2}
-"""Below this the smaller kernels are faster."""
+_FEW_ROWS, _MANY_ROWS = 2112, 6336
+"""Weight rows in one and in three blocks of 16 for each of 132 multiprocessors."""
 _SPLITS = (1, 2, 4)
 
 
@@ -175,7 +175,7 @@ def pick_hopper_tile(op: str, m: int, n: int, k: int, processors: int) -> Hopper
     tuned = _tuned(op, m, n, k)
     if tuned is not None:
         return tuned if isinstance(tuned, HopperTile) else None
-    if m < _HOPPER_MIN_TOKENS[op]:
+    if _others_are_faster(op, m, n, k):
         return None
     splits = _SPLITS if op == "linear" else (1,)
     candidates = [
@@ -185,6 +185,14 @@ def pick_hopper_tile(op: str, m: int, n: int, k: int, processors: int) -> Hopper
         if split * tile.deep * tile.block_k <= max(k, tile.deep * tile.block_k) and tile.block_m >= min(m, 64)
     ]
     return min(candidates, key=lambda tile: _hopper_us(tile, m, n, k, processors))
+
+
+def _others_are_faster(op: str, m: int, n: int, k: int) -> bool:
+    """Whether the kernels that read through pointers are: with one token, and with up to 16 in a linear layer that is
+    small, or has enough rows to keep every multiprocessor busy and not so many that they come in waves."""
+    if m == 1 or op == "swiglu" or m > 16:
+        return m == 1
+    return k < 4096 if n <= _FEW_ROWS else n <= _MANY_ROWS
 
 
 def _hopper_us(tile: HopperTile, m: int, n: int, k: int, processors: int) -> float:

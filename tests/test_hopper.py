@@ -132,6 +132,25 @@ def test_the_chosen_tile_fits(op, m, n, k, processors):
     assert tile.split == 1 or (op == "linear" and tile.split * tile.deep * tile.block_k <= k)
 
 
+@pytest.mark.parametrize(
+    ("op", "m", "n", "k", "taken"),
+    [
+        ("linear", 1, 28672, 4096, False),
+        ("linear", 2, 28672, 4096, True),
+        ("linear", 16, 8192, 1024, True),
+        ("linear", 16, 6144, 4096, False),
+        ("linear", 16, 4096, 14336, False),
+        ("linear", 8, 1536, 1536, False),
+        ("linear", 8, 1536, 8960, True),
+        ("linear", 17, 4096, 4096, True),
+        ("swiglu", 1, 28672, 4096, False),
+        ("swiglu", 2, 9728, 896, True),
+    ],
+)
+def test_it_is_taken_where_it_was_the_faster_one(op, m, n, k, taken):
+    assert (pick_hopper_tile(op, m, n, k, 132) is not None) is taken
+
+
 def test_large_products_take_the_tile_with_the_most_reuse():
     tile = pick_hopper_tile("linear", 8192, 28672, 4096, 132)
     assert tile == HopperTile(256, 64, across=2, deep=1)
