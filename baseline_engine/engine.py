@@ -103,6 +103,7 @@ class Engine:
 
     def step(self) -> list[TokenEvent]:
         """Moves every request that can run on by one step; the tokens that reached the host."""
+        self.times.host.append(0.0)
         with self.times.measure("schedule"):
             chunks = self.scheduler.schedule()
         self.times.count(chunks, self.scheduler)

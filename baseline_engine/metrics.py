@@ -14,6 +14,7 @@ Output tokens include the end-of-sequence token. Loading and compiling come befo
 
 import statistics
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -63,6 +64,8 @@ class StepTimes:
 
     seconds: dict[str, float] = field(default_factory=dict)
     """schedule, launch (packing and queueing; on the CPU the computation too), wait (for the device), record."""
+    host: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
+    """Of each of the last calls of `Engine.step`, all but waiting."""
     steps: int = 0
     """That computed anything."""
     tokens: int = 0
@@ -76,7 +79,10 @@ class StepTimes:
     def measure(self, part: str) -> Iterator[None]:
         start = perf_counter()
         yield
-        self.seconds[part] = self.seconds.get(part, 0.0) + perf_counter() - start
+        took = perf_counter() - start
+        self.seconds[part] = self.seconds.get(part, 0.0) + took
+        if part != "wait" and self.host:
+            self.host[-1] += took
 
     def count(self, chunks: Sequence[Any], scheduler: Any) -> None:
         """Counts a step: its chunks, and the blocks of what runs."""

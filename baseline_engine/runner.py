@@ -26,7 +26,7 @@ from rowint8.baseline_engine.model import Decoder
 from rowint8.baseline_engine.request import Request
 from rowint8.baseline_engine.sampler import Sampled, TokenLogprobs, sample
 from rowint8.baseline_engine.scheduler import Chunk
-from rowint8.baseline_engine.transfer import to_device
+from rowint8.baseline_engine.transfer import send, to_device
 
 PROMPT_ROWS = 64
 """Rows of a captured step with prompts: one more than the most sequences, for tokens left over."""
@@ -225,6 +225,7 @@ class StepGraph:
         empty, sizes = _Vectors.pack([], self._block_size, unused)
         self._vectors = to_device(empty, runner.device)
         self._tables = torch.full((rows, width), SCRATCH_BLOCK, dtype=torch.int32, device=runner.device)
+        self._sent = np.empty(0, np.int32)  # the tables that self._tables begins with
         vectors = _Vectors(*self._vectors.split(sizes))
         longest = [width * self._block_size] * rows
         layout = Layout(vectors.query_start, vectors.seq_lens, self._tables, unused, longest, captured=True)
@@ -248,9 +249,11 @@ class StepGraph:
     def replay(self, chunks: Sequence[Chunk]) -> Tensor:
         """Logits [rows, vocabulary]; the first are those of the chunks that sample. Valid until the next replay."""
         vectors, _ = _Vectors.pack(chunks, self._block_size, self._unused(chunks))
+        send(vectors, self._vectors)
         tables = _tables(chunks, self._rows)
-        self._vectors.copy_(to_device(vectors, self._vectors.device))
-        self._tables[:, : tables.shape[1]] = to_device(tables, self._tables.device)
+        if not np.array_equal(tables, self._sent):  # most steps of few requests need no new block
+            self._tables[:, : tables.shape[1]] = to_device(tables, self._tables.device)
+            self._sent = tables
         self._replay()
         return self._logits
 

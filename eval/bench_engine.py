@@ -140,7 +140,7 @@ def _row(name: str, engine: EngineName, requests: Requests, run: dict[str, Any],
         engine=engine,
         setup=row_setup(name),
         **measured_fields(run["repeats"], prompts, requests.outputs, *memory, result["start_s"]),
-        host_ms=sum(last["host_s"].values()) * 1000 / last["steps"] if ours else None,
+        host_ms=last["host_s"] * 1000 if ours else None,
         kv_waste=last["kv_waste"] if ours else None,
         attention=last["attention"] if ours else None,
     )
@@ -151,7 +151,7 @@ def ladder_table(rows: Sequence[EngineRow]) -> Table:
     table = compact_table(
         title="batch x prompt tokens x output tokens",
         caption="x before, x first: tok/s over the line above and over the workload's first; host ms: the host's own "
-        "work a step (on the CPU the computation too); waste: empty part of the KV blocks in use",
+        "work in the median step (on the CPU the computation too); waste: empty part of the KV blocks in use",
     )
     for heading in ("workload", "setup"):
         table.add_column(heading, no_wrap=True)

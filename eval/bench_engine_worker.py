@@ -4,10 +4,11 @@ The request on stdin is {"engine": "baseline", "vllm" or "transformers", "argume
 whether the weights are random, "workloads": [{"prompts": token ids of each, "outputs": tokens to generate after each,
 "unmeasured": runs that do not count, "repeats": runs that do}]}. The file RESULT receives {"start_s",
 "weights", "runs": [{"repeats": [...], "peak_mem"}]}, in bytes and seconds; a repeat is {"start", "token_times"} and, of
-the small engine, {"host_s", "steps", "kv_waste", "attention"}.
+the small engine, {"host_s" (of the median step), "kv_waste", "attention"}.
 """
 
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -49,8 +50,7 @@ def start_baseline(arguments: dict[str, Any], dummy: bool) -> tuple[Generate, Ca
         return {
             "start": start,
             "token_times": [completion.metrics.token_times for completion in completions],
-            "host_s": {name: seconds for name, seconds in steps.seconds.items() if name != "wait"},
-            "steps": steps.steps,
+            "host_s": statistics.median(steps.host),
             "kv_waste": steps.kv_waste,
             "attention": engine.attention_name,
         }

@@ -153,8 +153,8 @@ class EngineRow(Measured):
     """Of the small engine, or of vLLM or transformers beside it."""
 
     host_ms: NotNegative | None
-    """The host's own work a step: scheduling, packing, queueing, recording (on the CPU the computation too). None for
-    other engines, as are the next two."""
+    """The host's own work in the median step: scheduling, packing, queueing, recording (on the CPU the computation
+    too). None for other engines, as are the next two."""
     kv_waste: Annotated[float, Field(ge=0, le=1)] | None
     """Share of the KV cache held by requests that held no token, mean over steps."""
     attention: Name | None

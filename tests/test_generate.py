@@ -148,6 +148,8 @@ def test_metrics_of_a_run(folder):
     assert all(0 < request.ttft < metrics.wall for request in metrics.requests)
     assert metrics.load_seconds > 0
     assert (metrics.steps.steps, metrics.steps.tokens) == (5, 4 + 9 + 4 * 2), "the last token is never computed"
+    busy = sum(seconds for part, seconds in metrics.steps.seconds.items() if part != "wait")
+    assert (len(metrics.steps.host), sum(metrics.steps.host)) == (5, pytest.approx(busy))
     slots = [(4 + step + 9 + step) / 32 for step in range(5)]
     assert metrics.steps.kv_waste == pytest.approx(1 - sum(slots) / 5)
     rows = 64 + 32 + 32 + 64 + 2 * 96  # q, k, v, o, gate and up, all with K = 64; down is [64, 96]

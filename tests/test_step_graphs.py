@@ -92,6 +92,17 @@ def test_captured_steps_write_what_plain_ones_do(folder, capture, lengths):
     assert_all_memory_returned(engine)
 
 
+def test_block_tables_are_sent_only_when_they_change(folder, capture, monkeypatch):
+    sent = []
+    tables = runner_module.to_device
+    monkeypatch.setattr(runner_module, "to_device", lambda values, device: sent.append(1) or tables(values, device))
+    engine = capture(engine_for(folder, **LIMITS), [32])
+    sent.clear()
+    size = engine.config.block_size
+    tokens_of(engine, prompts_of_ids(size - 2), SamplingParams(max_tokens=size))
+    assert len(sent) == 1 + 1 + 1, "the prompt's graph, the first decode step, and one more block"
+
+
 def test_a_step_that_fits_no_graph_runs_without(folder, capture, monkeypatch):
     monkeypatch.setattr(runner_module, "PROMPT_CONTEXT", 20)
     prompts, params = prompts_of_ids(40, 30), SamplingParams(max_tokens=3)
