@@ -51,9 +51,14 @@ def _packed_applies(tokens: Tensor, values: Tensor) -> bool:
 def _int8_packed(tokens: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     if tokens.dtype == torch.float16:
         out = _packed(tokens, values, scale)
-    else:
-        out = _packed(tokens, values, tokens.new_ones(values.shape[0])) * scale  # bf16 * fp16 is fp32
-    return (out if bias is None else out + bias).to(tokens.dtype)
+        return out if bias is None else (out + bias).to(tokens.dtype)
+    out = _packed(tokens, values, _ones(len(values), tokens.dtype))  # bf16 * fp16 is fp32
+    return torch.mul(out, scale, out=out) if bias is None else (out * scale + bias).to(tokens.dtype)
+
+
+@cache
+def _ones(size: int, dtype: torch.dtype) -> Tensor:
+    return torch.ones(size, dtype=dtype, device="cpu")
 
 
 def _widened(tokens: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
