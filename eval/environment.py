@@ -29,7 +29,7 @@ def describe_environment() -> Environment:
         transformers=version("transformers"),
         vllm=_version("vllm"),
         git_commit=commit,
-        git_dirty=bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
+        git_dirty=_has_changes() if commit else None,
     )
 
 
@@ -53,6 +53,11 @@ def _git_commit() -> str | None:
     """Only where this very file is tracked: an installed copy may lie inside a checkout of something else."""
     tracked = _git("ls-files", "--error-unmatch", Path(__file__).name)
     return _git("rev-parse", "--verify", "HEAD") if tracked else None
+
+
+def _has_changes() -> bool:
+    """Whether tracked files differ from the commit, but for results, which a measurement writes as it goes."""
+    return bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)results"))
 
 
 def _git(*arguments: str) -> str | None:

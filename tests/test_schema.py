@@ -1,12 +1,14 @@
 """rowint8.eval.schema, result_files: what is written is what is read, and what is wrong is refused with its place."""
 
 import json
+import subprocess
 from dataclasses import asdict, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rowint8.eval import environment
 from rowint8.eval.environment import describe_environment
 from rowint8.eval.errors import EvalError
 from rowint8.eval.result_files import Environment, Results, read_results, write_results
@@ -217,3 +219,20 @@ def test_environment_of_this_machine_is_valid():
     assert found.threads == torch.get_num_threads()
     assert (found.driver is not None) == torch.cuda.is_available()
     assert (found.git_commit is None) == (found.git_dirty is None)
+
+
+@pytest.mark.parametrize(("changed", "dirty"), [("results/a.json", False), ("code.py", True)])
+def test_results_that_are_being_measured_are_no_change_of_the_code(tmp_path, monkeypatch, changed, dirty):
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True)
+
+    (tmp_path / "results").mkdir()
+    for name in ("results/a.json", "code.py", "environment.py"):
+        (tmp_path / name).write_text("")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "all")
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))
+    assert describe_environment().git_dirty is False
+    (tmp_path / changed).write_text("changed")
+    assert describe_environment().git_dirty is dirty
