@@ -1,5 +1,7 @@
 """The plugin in vLLM's CUDA build, compiled and with CUDA graphs: what its CPU build does not have."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -47,14 +49,20 @@ def new_driver(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def driver(new_driver) -> Driver:
-    return new_driver()
+def made(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: make_tiny(folder / name, config_class, **shape) for name, (config_class, shape) in MODELS.items()}
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def model(request, tmp_path_factory):
-    config_class, shape = MODELS[request.param]
-    return make_tiny(tmp_path_factory.mktemp(request.param) / "model", config_class, **shape)
+def model(request, made) -> Path:
+    return made[request.param]
+
+
+@pytest.fixture(scope="module")
+def driver(new_driver, model) -> Driver:
+    """A process for each model."""
+    return new_driver()
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +89,14 @@ def test_weights_are_the_bits_of_quantize_rowwise_on_the_cpu(model, online):
     values, scale = quantize_rowwise(tensors[f"{name}.weight"].bfloat16())
     assert [online["layers"][name][key] for key in ("weight", "weight_scale")] == [describe(values), describe(scale)]
     name = "model.layers.1.block_sparse_moe.experts"
-    parts = [tensors[f"{name}.{e}.w2.weight"].bfloat16() for e in range(4) if f"{name}.{e}.w2.weight" in tensors]
-    if parts:
-        values, scale = (torch.stack(each) for each in zip(*map(quantize_rowwise, parts), strict=True))
+    numbers = [number for number in range(4) if f"{name}.{number}.w2.weight" in tensors]
+    for ours, theirs in (("w13_weight", ("w1", "w3")), ("w2_weight", ("w2",))) if numbers else ():
+        parts = [torch.cat([tensors[f"{name}.{number}.{part}.weight"] for part in theirs]) for number in numbers]
+        values, scale = (
+            torch.stack(each) for each in zip(*(quantize_rowwise(p.bfloat16()) for p in parts), strict=True)
+        )
         experts = online["layers"][f"{name}.routed_experts"]
-        assert [experts["w2_weight"], experts["w2_weight_scale"]] == [describe(values), describe(scale)]
+        assert [experts[ours], experts[f"{ours}_scale"]] == [describe(values), describe(scale)], ours
 
 
 @pytest.mark.parametrize("level", [1, 2])
@@ -103,6 +114,17 @@ def test_other_weights_are_reloaded_into_the_same_memory(driver, model, online, 
     assert result["layers"] == online["layers"]
 
 
-def test_a_checkpoint_is_loaded_layer_by_layer(driver, smollm2):
-    result = driver.works(smollm2, llm=LLM, load_memory=True)
+@pytest.mark.parametrize("quantization", ["rowint8", None])
+def test_a_model_says_the_same_after_another_in_its_process(new_driver, made, quantization):
+    """With None it is vLLM's own doing."""
+    llm = LLM | {"quantization": quantization}
+    driver = new_driver()
+    driver.works(made["llama"], llm=llm)
+    after, alone = driver.works(made["mixtral"], llm=llm), new_driver().works(made["mixtral"], llm=llm)
+    assert after["layers"] == alone["layers"]
+    assert after["token_ids"] == alone["token_ids"]
+
+
+def test_a_checkpoint_is_loaded_layer_by_layer(new_driver, smollm2):
+    result = new_driver().works(smollm2, llm=LLM, load_memory=True)
     assert_loaded_layer_by_layer(result["load_memory"], layer_bytes=2 * 1536 * 576 * 2)
