@@ -39,6 +39,7 @@ SETUPS = {
     "rowint8-unfused": _rowint8(fuse_swiglu=False),
     "rowint8-norm": _rowint8(fuse_norm=True),
     "rowint8-lm-head": _rowint8(lm_head=True),
+    "rowint8-lm-head-norm": _rowint8(lm_head=True, fuse_norm=True),
     "fp8": Setup({"quantization": "fp8"}),
     "w8a16": Setup({"load_format": "dummy", "hf_overrides": {"quantization_config": packed_config(())}}),
     "humming": Setup(
