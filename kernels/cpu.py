@@ -52,7 +52,8 @@ def _int8_packed(tokens: Tensor, values: Tensor, scale: Tensor, bias: Tensor | N
     if tokens.dtype == torch.float16:
         out = _packed(tokens, values, scale)
         return out if bias is None else (out + bias).to(tokens.dtype)
-    out = _packed(tokens, values, _ones(len(values), tokens.dtype))  # bf16 * fp16 is fp32
+    out = _packed(tokens, values, _ones(len(values), tokens.dtype))
+    # bf16 * fp16 is computed in fp32
     return torch.mul(out, scale, out=out) if bias is None else (out * scale + bias).to(tokens.dtype)
 
 
