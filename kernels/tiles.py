@@ -188,10 +188,12 @@ def pick_hopper_tile(op: str, m: int, n: int, k: int, processors: int) -> Hopper
 
 
 def _others_are_faster(op: str, m: int, n: int, k: int) -> bool:
-    """Whether the kernels that read through pointers are: with one token, and with up to 16 in a linear layer that is
-    small, or has enough rows to keep every multiprocessor busy and not so many that they come in waves."""
-    if m == 1 or op == "swiglu" or m > 16:
-        return m == 1
+    """Whether the kernels without TMA are faster than the Hopper kernel: with one token, and with up to 16 in a linear
+    layer that is small, or has rows for every multiprocessor and not so many that their blocks come in waves."""
+    if m == 1:
+        return True
+    if m > 16 or op == "swiglu":
+        return False
     return k < 4096 if n <= _FEW_ROWS else n <= _MANY_ROWS
 
 

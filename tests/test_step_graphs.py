@@ -93,9 +93,13 @@ def test_captured_steps_write_what_plain_ones_do(folder, capture, lengths):
 
 
 def test_block_tables_are_sent_only_when_they_change(folder, capture, monkeypatch):
-    sent = []
-    tables = runner_module.to_device
-    monkeypatch.setattr(runner_module, "to_device", lambda values, device: sent.append(1) or tables(values, device))
+    sent, to_device = [], runner_module.to_device
+
+    def counted(values, device):
+        sent.append(values)
+        return to_device(values, device)
+
+    monkeypatch.setattr(runner_module, "to_device", counted)
     engine = capture(engine_for(folder, **LIMITS), [32])
     sent.clear()
     size = engine.config.block_size
