@@ -31,8 +31,8 @@ def _one_token(op: str) -> list[TileConfig]:
     """8 to 64 weights of a step for each thread; SwiGLU has rows in pairs."""
     rows = (2, 4, 8) if op == "swiglu" else (1, 2, 4, 8)
     return [
-        TileConfig(1, n, k, warps, stages, overlaps=True)
-        for n, k, warps, stages in product(rows, (512, 1024, 2048), (1, 2, 4), (1, 2))
+        TileConfig(1, n, k, warps, 1, overlaps=True)
+        for n, k, warps in product(rows, (512, 1024, 2048), (1, 2, 4))
         if 16 <= n * k // (32 * warps) <= 64
     ]
 

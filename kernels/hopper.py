@@ -107,6 +107,8 @@ def _consume(given, CONSUMER: gl.constexpr, config: gl.constexpr):
     turn = 0  # tiles so far
     for unit in range(gl.program_id(0), tiles_m * tiles_n * SPLIT, gl.num_programs(0)):
         pid_m, pid_n, split, first, end = _work_unit(unit, tiles_m, tiles_n, steps, SPLIT, GROUP)
+        row = (pid_n * ACROSS + SIDE) * ROWS
+        factor, offset = _factors(scale, bias, row, N, ROWS, FUSED, HAS_BIAS, ACC)
         acc = gl.zeros([ROWS, BLOCK_M], gl.float32, ACC)
         w = _widened(w_ring, x_ring, full, it, CONSUMER, config, ACC)
         for _ in range(first + 1, end):
@@ -124,15 +126,14 @@ def _consume(given, CONSUMER: gl.constexpr, config: gl.constexpr):
         else:
             for depth in gl.static_range(1, DEEP):
                 acc += _taken_over(sums, summed, taken, turn, (depth - 1) * ACROSS + SIDE, ACC)
-            row = (pid_n * ACROSS + SIDE) * ROWS
             token = pid_m * BLOCK_M
             if FUSED:
-                _store(_swiglu(acc, scale, row // 2, N // 2, ACC), out, row // 2, token, M, N // 2)
+                _store(_swiglu(acc * factor[:, None]), out, row // 2, token, M, N // 2)
             elif SPLIT > 1:
                 part = split * tiles_n * ACROSS * ROWS + row
                 _store_part(acc, out + part.to(gl.int64) * (tiles_m * BLOCK_M) + token, tiles_m * BLOCK_M, ACC)
             else:
-                _store(_scaled(acc, scale, bias, row, N, HAS_BIAS, ACC), out, row, token, M, N)
+                _store(acc * factor[:, None] + offset[:, None], out, row, token, M, N)
         turn += 1  # noqa: SIM113
 
 
@@ -220,21 +221,25 @@ def _fp16_pair(pairs):
 
 
 @gluon.jit
-def _scaled(acc, scale, bias, row, N, HAS_BIAS: gl.constexpr, ACC: gl.constexpr):
-    rows = row + gl.arange(0, acc.shape[0], gl.SliceLayout(1, ACC))
-    acc *= gl.load(scale + rows, mask=rows < N, other=0.0).to(gl.float32)[:, None]
+def _factors(scale, bias, row, N, ROWS: gl.constexpr, FUSED: gl.constexpr, HAS_BIAS: gl.constexpr, ACC: gl.constexpr):
+    """Scale and bias of a consumer's rows, read before the tile is multiplied: nobody waits for them after it."""
+    n = gl.arange(0, ROWS, gl.SliceLayout(1, ACC))
+    if FUSED:  # eight gate rows and their eight up rows in turn
+        i = row // 2 + n // 16 * 8 + n % 8
+        rows, mask = i + n // 8 % 2 * (N // 2), i < N // 2
+    else:
+        rows, mask = row + n, row + n < N
+    factor = gl.load(scale + rows, mask=mask, other=0.0).to(gl.float32)
+    offset = gl.zeros_like(factor)
     if HAS_BIAS:
-        acc += gl.load(bias + rows, mask=rows < N, other=0.0).to(gl.float32)[:, None]
-    return acc
+        offset = gl.load(bias + rows, mask=mask, other=0.0).to(gl.float32)
+    return factor, offset
 
 
 @gluon.jit
-def _swiglu(acc, scale, first, I, ACC: gl.constexpr):
+def _swiglu(acc):
     """[R, BM] with eight gate rows and their eight up rows in turn -> silu(gate) * up [R / 2, BM]."""
     ROWS: gl.constexpr = acc.shape[0]
-    n = gl.arange(0, ROWS, gl.SliceLayout(1, ACC))
-    i = first + n // 16 * 8 + n % 8
-    acc *= gl.load(scale + i + n // 8 % 2 * I, mask=i < I, other=0.0).to(gl.float32)[:, None]
     gate, up = acc.reshape([ROWS // 16, 2, 8, acc.shape[1]]).permute((0, 2, 3, 1)).split()
     return (gate / (1.0 + gl.exp(-gate)) * up).reshape([ROWS // 2, acc.shape[1]])
 

@@ -23,6 +23,7 @@ def _linear_one_token(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
+    DOT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (cdiv(N, BLOCK_N), M): one token and BLOCK_N outputs per program."""
@@ -31,7 +32,7 @@ def _linear_one_token(
     rows = tl.minimum(n, N - 1).to(tl.int64)
     if PDL:
         overlap_previous(values, rows, K, BLOCK_N, BLOCK_K)
-    acc = vector_product(x, values, rows, token, K, BLOCK_N, BLOCK_K, EVEN_K)
+    acc = vector_product(x, values, rows, token, K, BLOCK_N, BLOCK_K, EVEN_K, DOT)
     acc *= tl.load(scale + rows).to(tl.float32)
     if HAS_BIAS:
         acc += tl.load(bias + rows).to(tl.float32)

@@ -38,6 +38,7 @@ def _swiglu_one_token(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
+    DOT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (cdiv(I, BLOCK_N / 2), M)."""
@@ -45,7 +46,7 @@ def _swiglu_one_token(
     rows = _paired_rows(tl.program_id(0), I, BLOCK_N)
     if PDL:
         overlap_previous(values, rows, K, BLOCK_N, BLOCK_K)
-    acc = vector_product(x, values, rows, token, K, BLOCK_N, BLOCK_K, EVEN_K)
+    acc = vector_product(x, values, rows, token, K, BLOCK_N, BLOCK_K, EVEN_K, DOT)
     acc *= tl.load(scale + rows).to(tl.float32)
     gate, up = tl.split(tl.reshape(acc, [BLOCK_N // 2, 2]))
     i = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)

@@ -16,7 +16,7 @@ _TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
-    """The dtype that `tl.dot` operands take for activations of `dtype`.
+    """The dtype that the operands of a product take for activations of `dtype`.
 
     That is the activation dtype itself (INT8 values are exact in all three), except under TRITON_INTERPRET=1, whose
     dot of bf16 operands is silently wrong: there both operands are widened to fp32.
@@ -59,11 +59,11 @@ def product_constants(
     """Constants of the product kernels that run a tile, in their order behind `first`, and options for compiling."""
     pdl = tile.overlaps and dependent_launch(device)
     options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=pdl)
-    rows, last = dict(BLOCK_N=tile.block_n, BLOCK_K=tile.block_k), dict(EVEN_K=k % tile.block_k == 0)
+    rows = dict(BLOCK_N=tile.block_n, BLOCK_K=tile.block_k)
+    last = dict(EVEN_K=k % tile.block_k == 0, DOT=dot_dtype(dtype), PDL=pdl)
     if tile.block_m == 1:
-        return {**first, **rows, **last, "PDL": pdl}, options
-    many = dict(SLICES=tile.slices, GROUP=tile.group)
-    return {**first, "BLOCK_M": tile.block_m, **rows, **many, **last, "DOT": dot_dtype(dtype), "PDL": pdl}, options
+        return {**first, **rows, **last}, options
+    return {**first, "BLOCK_M": tile.block_m, **rows, "SLICES": tile.slices, "GROUP": tile.group, **last}, options
 
 
 def traits(*tensors: Tensor | None) -> tuple:

@@ -41,9 +41,12 @@ WIDE_N = 16384
 _ONE_WAVE_N = 4224
 """Up to here blocks of 16 rows run at once, two on each of 132 multiprocessors."""
 
-_ONE_TOKEN = TileConfig(1, 2, 1024, 2, 1, overlaps=True)
-_ONE_TOKEN_WIDE = TileConfig(1, 2, 512, 1, 1, overlaps=True)
-_ONE_TOKEN_MIDDLE = TileConfig(1, 1, 2048, 2, 2, overlaps=True)
+_LONG_K = 8192
+"""From here on a narrow weight has too few rows to fill the card two by two, and rows long enough to do so singly."""
+
+_ONE_TOKEN = TileConfig(1, 2, 1024, 1, 1, overlaps=True)
+_ONE_TOKEN_MIDDLE = TileConfig(1, 2, 512, 1, 1, overlaps=True)
+_ONE_TOKEN_LONG = TileConfig(1, 1, 2048, 1, 1, overlaps=True)
 _FEW_TOKENS = TileConfig(16, 16, 512, 4, 5, slices=4, overlaps=True)
 _FEW_TOKENS_MIDDLE = TileConfig(16, 16, 512, 4, 4, slices=4, overlaps=True)
 
@@ -77,10 +80,10 @@ def pick_tile(op: str, m: int, n: int, k: int, itemsize: int, shared_memory: int
     if isinstance(tuned, TileConfig) and itemsize == 2:
         return _fit(tuned, itemsize, shared_memory)
     middle = _ONE_WAVE_N < n < WIDE_N
-    if m == 1 and middle and op == "linear":
-        return _ONE_TOKEN_MIDDLE
+    if m == 1 and op == "linear" and k >= _LONG_K and n < WIDE_N:
+        return _ONE_TOKEN_LONG
     if m == 1:
-        return _ONE_TOKEN_WIDE if n >= WIDE_N else _ONE_TOKEN
+        return _ONE_TOKEN_MIDDLE if middle else _ONE_TOKEN
     if m <= 16 and middle:
         return _fit(_FEW_TOKENS_MIDDLE, itemsize, shared_memory)
     for max_m, wide, narrow in _SWIGLU if op == "swiglu" else _LINEAR:
@@ -142,10 +145,11 @@ class _Cost(NamedTuple):
 # A least-squares fit to a sweep over Llama-3.1-8B's shapes, 16 to 2048 tokens: for comparing tiles only.
 _HOPPER = {
     HopperTile(16, 256, across=1, deep=2): _Cost(1.49, 2.17),
+    HopperTile(16, 256, across=2, deep=1): _Cost(3.0, 2.2),
     HopperTile(32, 256, across=2, deep=1): _Cost(3.19, 2.25),
     HopperTile(32, 128, across=1, deep=2): _Cost(2.01, 1.04),
     HopperTile(64, 128, across=1, deep=2): _Cost(2.68, 0.44),
-    HopperTile(64, 64, across=2, deep=2): _Cost(4.47, 1.15),
+    HopperTile(64, 64, across=4, deep=1): _Cost(8.55, 2.3),
     HopperTile(128, 64, across=1, deep=2): _Cost(4.07, 0.76),
     HopperTile(128, 64, across=2, deep=2): _Cost(6.2, 2.11),
     HopperTile(128, 64, across=3, deep=1): _Cost(9.3, 1.74),

@@ -72,6 +72,17 @@ def absolute(x, weight, bias=None):
     return x.abs(), Int8Weight(weight.values.abs(), weight.scale), None if bias is None else bias.abs()
 
 
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tile", [ONE_TOKEN, DOT], ids=lambda tile: tile.block_m)
+def test_every_int8_value_is_widened_exactly(device, tile, dtype, monkeypatch):
+    """In each of the four bytes that are widened together."""
+    use(tile, monkeypatch)
+    values = torch.arange(-128, 128, dtype=torch.int8, device=device)[:, None].repeat(1, 64)
+    x = torch.eye(64, dtype=dtype, device=device)[20:24]
+    out = int8_linear(x, values, torch.ones(256, dtype=torch.float16, device=device))
+    assert torch.equal(out, values[:, 20:24].T.to(dtype))
+
 @TILE_AND_TOKENS
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
