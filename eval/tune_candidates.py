@@ -3,7 +3,7 @@
 from dataclasses import replace
 from itertools import product
 
-from rowint8.kernels.tiles import HOPPER_TILES, TileConfig
+from rowint8.kernels.tiles import HOPPER_TILES, MOST_FEW_TOKENS, FewTokensTile, TileConfig
 from rowint8.kernels.tuned import Tile
 
 _ITEMSIZE = 2
@@ -24,6 +24,8 @@ def candidates(op: str, m: int, k: int, shared_memory: int, on_hopper: bool) -> 
     if m <= _POINTERS_ON_HOPPER or not on_hopper:
         made = _one_token(op) if m == 1 else _few_tokens() if m <= _FEW else _many_tokens(m)
         tiles += [tile for tile in made if tile.shared_memory(_ITEMSIZE) <= shared_memory]
+    if 1 < m <= MOST_FEW_TOKENS:
+        tiles += [FewTokensTile(warps, warps * block_k) for warps, block_k in product((2, 4, 8), (128, 256))]
     return tiles + (_hopper(op, m, k) if on_hopper and m > 1 else [])
 
 

@@ -15,7 +15,6 @@ from rowint8.kernels.launch import blocks, launch, traits
 from rowint8.kernels.tiles import CONSUMER_ROWS, HopperTile, hopper_processors
 
 _GLUON_DTYPE = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-_ALIGNMENT = 16
 _DESCRIPTORS = 4096
 """How many are kept for either operand: layers times tiles, as activations mostly return to the same addresses."""
 
@@ -49,16 +48,11 @@ def _add_parts(
     tl.store(out + m.to(tl.int64)[None, :] * N + n[:, None], acc.to(out.dtype.element_ty), mask=mask)
 
 
-def fits(tokens: Tensor, values: Tensor, fused: bool) -> bool:
-    """Whether TMA can read these contiguous tensors: 16-bit activations, rows and addresses on 16 bytes."""
-    aligned = all(t.data_ptr() % _ALIGNMENT == 0 for t in (tokens, values)) and values.shape[1] % _ALIGNMENT == 0
-    return aligned and tokens.dtype in _GLUON_DTYPE and not (fused and values.shape[0] % 16)
-
-
 def hopper_product(
     tokens: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, tile: HopperTile, fused: bool = False
 ) -> Tensor:
-    """linear, or swiglu where `fused`, of contiguous [M, K] activations that `fits`; M, N and K are at least 1.
+    """linear, or swiglu where `fused`, of contiguous [M, K] activations; operands `aligned`, M, N and K at least 1, for
+    SwiGLU N a multiple of 16.
 
     Arguments as in `ops.linear`; compute capability 9.0.
     """

@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rowint8.kernels.launch import blocks, grid_position, hopper_tile, launch, product_constants, traits
+from rowint8.kernels.gluon_products import gluon_product, gluon_tile
+from rowint8.kernels.launch import blocks, grid_position, launch, product_constants, traits
 from rowint8.kernels.products import dot_product, overlap_previous, vector_product
 from rowint8.kernels.tiles import pick_tile, shared_memory_limit
 
@@ -78,11 +79,9 @@ def int8_linear(tokens: Tensor, values: Tensor, scale: Tensor, bias: Tensor | No
     """Launches the kernel for contiguous [M, K] activations; arguments as in `ops.linear`, already checked there."""
     N, K = values.shape
     M = tokens.shape[0]
-    hopper = hopper_tile("linear", tokens, values)
-    if hopper is not None:
-        from rowint8.kernels.hopper_product import hopper_product
-
-        return hopper_product(tokens, values, scale, bias, hopper)
+    gluon = gluon_tile("linear", tokens, values)
+    if gluon is not None:
+        return gluon_product(gluon, tokens, values, scale, bias)
     out = torch.empty(M, N, dtype=tokens.dtype, device=tokens.device)
     if out.numel():
         tile = pick_tile("linear", M, N, K, tokens.element_size(), shared_memory_limit(tokens.device))

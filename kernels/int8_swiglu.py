@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rowint8.kernels.launch import blocks, grid_position, hopper_tile, launch, product_constants, traits
+from rowint8.kernels.gluon_products import gluon_product, gluon_tile
+from rowint8.kernels.launch import blocks, grid_position, launch, product_constants, traits
 from rowint8.kernels.products import dot_product, overlap_previous, vector_product
 from rowint8.kernels.tiles import pick_tile, shared_memory_limit
 
@@ -92,11 +93,9 @@ def int8_swiglu(tokens: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     N, K = values.shape
     I = N // 2
     M = tokens.shape[0]
-    hopper = hopper_tile("swiglu", tokens, values)
-    if hopper is not None:
-        from rowint8.kernels.hopper_product import hopper_product
-
-        return hopper_product(tokens, values, scale, None, hopper, fused=True)
+    gluon = gluon_tile("swiglu", tokens, values)
+    if gluon is not None:
+        return gluon_product(gluon, tokens, values, scale, fused=True)
     out = torch.empty(M, I, dtype=tokens.dtype, device=tokens.device)
     if out.numel():
         tile = pick_tile("swiglu", M, N, K, tokens.element_size(), shared_memory_limit(tokens.device))

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from rowint8.kernels.tiles import HopperTile, TileConfig, hopper_processors, pick_hopper_tile
+from rowint8.kernels.tiles import TileConfig
 
 _TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -74,18 +74,6 @@ def traits(*tensors: Tensor | None) -> tuple:
 def blocks(size: int, block: int) -> int:
     """How many blocks cover `size`. (`triton.cdiv` takes microseconds on the host.)"""
     return -(-size // block)
-
-
-def hopper_tile(op: str, tokens: Tensor, values: Tensor) -> HopperTile | None:
-    """The tile for the Hopper kernel, or None where the card, the tensors or the sizes call for the others."""
-    processors = hopper_processors(tokens.device)
-    if not processors or not tokens.numel() or not values.numel():
-        return None
-    from rowint8.kernels.hopper_product import fits
-
-    if not fits(tokens, values, fused=op == "swiglu"):
-        return None
-    return pick_hopper_tile(op, tokens.shape[0], *values.shape, processors)
 
 
 @triton.jit

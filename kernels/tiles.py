@@ -68,6 +68,32 @@ _SWIGLU = (
 _PREFILL = TileConfig(256, 128, 64, 8, 4)
 
 
+@dataclass(frozen=True)
+class FewTokensTile:
+    """A variant of the kernel for 2 to 8 tokens, which has 16 weight rows a program."""
+
+    warps: int
+    block_k: int
+    """K of all warps at a time."""
+
+
+MOST_FEW_TOKENS = 8
+_FEW_WIDE = FewTokensTile(4, 1024)
+_FEW_MIDDLE = FewTokensTile(8, 1024)
+_FEW_NARROW = FewTokensTile(8, 2048)
+
+
+@cache
+def pick_few_tokens_tile(op: str, m: int, n: int, k: int) -> FewTokensTile | None:
+    """The tile of the kernel for few 16-bit tokens, on any card; None where the others are faster."""
+    if not 1 < m <= MOST_FEW_TOKENS:
+        return None
+    tuned = _tuned(op, m, n, k)
+    if tuned is not None:
+        return tuned if isinstance(tuned, FewTokensTile) else None
+    return _FEW_NARROW if n <= _ONE_WAVE_N else _FEW_WIDE if n >= WIDE_N else _FEW_MIDDLE
+
+
 @cache
 def pick_tile(op: str, m: int, n: int, k: int, itemsize: int, shared_memory: int) -> TileConfig:
     """The tile for `op` ("linear" or "swiglu") on m tokens and an [n, k] weight.

@@ -2,7 +2,8 @@
 
 They are read once, from the file that ROWINT8_TILES names or else from ~/.config/rowint8/tiles.json. It holds, for
 each card (by the name that torch has for it), operator and weight [N, K], which tile to take up to how many tokens;
-beyond the largest number the shipped ones remain. The fields are those of `TileConfig` or `HopperTile`:
+beyond the largest number the shipped ones remain. The fields are those of `TileConfig`, `HopperTile` or
+`FewTokensTile`:
 
     {"NVIDIA L40S": {"linear": {"28672x4096": {"1": {"block_m": 1, ...}, "16": {"block_m": 16, ...}}}}}
 """
@@ -16,9 +17,17 @@ from typing import Any
 
 import torch
 
-from rowint8.kernels.tiles import HOPPER_TILES, HopperTile, TileConfig, pick_hopper_tile, pick_tile
+from rowint8.kernels.tiles import (
+    HOPPER_TILES,
+    FewTokensTile,
+    HopperTile,
+    TileConfig,
+    pick_few_tokens_tile,
+    pick_hopper_tile,
+    pick_tile,
+)
 
-Tile = TileConfig | HopperTile
+Tile = TileConfig | HopperTile | FewTokensTile
 Tiles = dict[tuple[str, int, int], dict[int, Tile]]
 """Operator, N and K to the largest number of tokens to the tile."""
 
@@ -49,6 +58,7 @@ def use_tiles(op: str, n: int, k: int, by_tokens: dict[int, Tile]) -> None:
     _used_instead[op, n, k] = by_tokens
     pick_tile.cache_clear()
     pick_hopper_tile.cache_clear()
+    pick_few_tokens_tile.cache_clear()
 
 
 def _by_tokens(op: str, n: int, k: int) -> dict[int, Tile]:
@@ -116,14 +126,25 @@ def _not_ours(path: Path, why: object) -> str:
 
 def _tile(op: str, k: int, given: dict[str, Any]) -> Tile:
     """A tile from its fields; ValueError where no kernel takes it."""
-    kind = HopperTile if "across" in given else TileConfig
+    kind = HopperTile if "across" in given else FewTokensTile if "warps" in given else TileConfig
     accepted = [field.name for field in fields(kind)]
     if op not in _OPS or sorted(given) != sorted(accepted):
         raise ValueError(f"{op} has {sorted(given)}; accepted are {_OPS} with {accepted}")
     tile = kind(**given)
-    if not (_is_hopper_tile(op, k, tile) if isinstance(tile, HopperTile) else _is_tile(op, tile)):
+    if not _is_taken(op, k, tile):
         raise ValueError(f"{op} has {tile}, which no kernel takes")
     return tile
+
+
+def _is_taken(op: str, k: int, tile: Tile) -> bool:
+    if isinstance(tile, HopperTile):
+        return _is_hopper_tile(op, k, tile)
+    if isinstance(tile, FewTokensTile):
+        sizes = tile.warps, tile.block_k
+        return (
+            _are_sizes(*sizes) and tile.warps in (1, 2, 4, 8) and tile.block_k in (128 * tile.warps, 256 * tile.warps)
+        )
+    return _is_tile(op, tile)
 
 
 def _is_hopper_tile(op: str, k: int, tile: HopperTile) -> bool:

@@ -20,11 +20,11 @@ from torch import Tensor
 from triton.runtime import driver
 
 from rowint8.kernels.add_rms_norm import add_rms_norm
+from rowint8.kernels.gluon_products import gluon_tile
 from rowint8.kernels.int8_linear import int8_linear
 from rowint8.kernels.int8_swiglu import int8_swiglu
-from rowint8.kernels.launch import hopper_tile
-from rowint8.kernels.tiles import HopperTile, TileConfig, pick_tile, shared_memory_limit
-from rowint8.kernels.tuned import tuned_tokens
+from rowint8.kernels.tiles import pick_tile, shared_memory_limit
+from rowint8.kernels.tuned import Tile, tuned_tokens
 
 _THREADS = 8
 _BLOCK_M = 16
@@ -69,17 +69,17 @@ def warmup(weights: Iterable[WeightShape], dtype: torch.dtype, device: torch.dev
     return Ready(len(groups), perf_counter() - start)
 
 
-def chosen_tile(op: str, tokens: Tensor, values: Tensor) -> TileConfig | HopperTile:
+def chosen_tile(op: str, tokens: Tensor, values: Tensor) -> Tile:
     """What `linear` or `swiglu` of [M, K] activations and an int8 [N, K] weight run with; neither is empty."""
     shape = tokens.shape[0], *values.shape
-    return hopper_tile(op, tokens, values) or pick_tile(
+    return gluon_tile(op, tokens, values) or pick_tile(
         op, *shape, tokens.element_size(), shared_memory_limit(tokens.device)
     )
 
 
 def _tokens_by_tile(
     weight: WeightShape, scratch: Tensor, dtype: torch.dtype, max_tokens: int
-) -> dict[TileConfig | HopperTile | None, int]:
+) -> dict[Tile | None, int]:
     """Each tile that the weight is multiplied with, and the smallest number of tokens that takes it."""
     if weight.op == "add_rms_norm":
         return {None: 1}
@@ -98,7 +98,7 @@ def _choices(weight: WeightShape, max_tokens: int) -> list[int]:
     return sorted(m for m in {*few, *changes, *(m + 1 for m in changes)} if m <= max_tokens)
 
 
-def _variant(weight: WeightShape, tile: TileConfig | HopperTile | None) -> tuple:
+def _variant(weight: WeightShape, tile: Tile | None) -> tuple:
     """Launches with the same variant share a kernel, and are left to one thread, lest two compile it."""
     if tile is None:
         return weight.op, weight.n

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rowint8.kernels import ops, reference
-from rowint8.kernels.hopper_product import add_parts, fits, hopper_product
+from rowint8.kernels.gluon_products import aligned, gluon_tile
+from rowint8.kernels.hopper_product import add_parts, hopper_product
 from rowint8.kernels.quantize import Int8Weight, quantize_rowwise
 from rowint8.kernels.tiles import HOPPER_TILES, HopperTile, hopper_processors, pick_hopper_tile
 
@@ -85,10 +86,17 @@ def test_every_int8_value_is_widened_exactly():
 
 @pytest.mark.gpu
 @needs_hopper
-def test_tensors_that_tma_cannot_read_take_the_other_kernel(assert_matches):
-    x, weight, _ = case(40, 64, 1032, torch.bfloat16)
-    assert not fits(x, weight.values, fused=False)
-    assert_matches(ops.linear(x, *weight), reference.linear(x, weight), reference.linear(*absolute(x, weight)))
+@pytest.mark.parametrize(("op", "n", "k"), [("linear", 64, 1032), ("swiglu", 40, 1040)])
+def test_operands_that_tma_cannot_read_take_the_other_kernel(assert_matches, op, n, k):
+    x, weight, _ = case(40, n, k, torch.bfloat16)
+    assert gluon_tile(op, x, weight.values) is None
+    assert aligned(x, weight.values) == (op == "swiglu"), "half of the rows is not a multiple of 8"
+    magnitude = reference.linear(*absolute(x, weight))
+    if op == "swiglu":
+        gates, ups = magnitude.chunk(2, dim=-1)
+        assert_matches(ops.swiglu(x, *weight), reference.swiglu(x, weight), gates * ups)
+    else:
+        assert_matches(ops.linear(x, *weight), reference.linear(x, weight), magnitude)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -101,16 +109,6 @@ def test_parts_are_added_scaled_and_biased(device, m, n, bias):
     add_parts(parts, scale, b, out)
     exact = parts[:, :n, :m].double().sum(0).T * scale.double() + (b.double() if bias else 0)
     torch.testing.assert_close(out.double(), exact, rtol=1e-6, atol=1e-6)
-
-
-def test_what_tma_can_read():
-    x, values = torch.empty(4, 64, dtype=torch.bfloat16), torch.empty(48, 64, dtype=torch.int8)
-    assert fits(x, values, fused=True)
-    assert not fits(x.float(), values, fused=False), "only 16-bit activations"
-    assert not fits(x[:, :40].contiguous(), values[:, :40].contiguous(), fused=False), "K is not a multiple of 16"
-    assert not fits(x, values.flatten()[8:-56].view(47, 64), fused=False), "the address is not on 16 bytes"
-    assert fits(x, values[:40], fused=False)
-    assert not fits(x, values[:40], fused=True), "half of the rows is not a multiple of 8"
 
 
 @given(

@@ -37,10 +37,10 @@ TILE_AND_TOKENS = pytest.mark.parametrize(
 
 
 def use(tile, monkeypatch):
-    """Runs everything with one tile of the kernels that suit every card; tests/test_hopper.py has Hopper's."""
+    """Runs everything with one tile of the kernels in Triton; those in Gluon have tests of their own."""
     for module in ("rowint8.kernels.int8_linear", "rowint8.kernels.int8_swiglu"):
         monkeypatch.setattr(f"{module}.pick_tile", lambda *shape: tile)
-        monkeypatch.setattr(f"{module}.hopper_tile", lambda *operands: None)
+        monkeypatch.setattr(f"{module}.gluon_tile", lambda *operands: None)
 
 
 def case(m, n, k, dtype, device, bias=False):
@@ -72,7 +72,6 @@ def absolute(x, weight, bias=None):
     return x.abs(), Int8Weight(weight.values.abs(), weight.scale), None if bias is None else bias.abs()
 
 
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tile", [ONE_TOKEN, DOT], ids=lambda tile: tile.block_m)
 def test_every_int8_value_is_widened_exactly(device, tile, dtype, monkeypatch):
@@ -82,6 +81,7 @@ def test_every_int8_value_is_widened_exactly(device, tile, dtype, monkeypatch):
     x = torch.eye(64, dtype=dtype, device=device)[20:24]
     out = int8_linear(x, values, torch.ones(256, dtype=torch.float16, device=device))
     assert torch.equal(out, values[:, 20:24].T.to(dtype))
+
 
 @TILE_AND_TOKENS
 @pytest.mark.parametrize("dtype", DTYPES)

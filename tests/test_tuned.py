@@ -7,14 +7,26 @@ import pytest
 import torch
 
 from rowint8.kernels import tuned
-from rowint8.kernels.tiles import HOPPER_TILES, TileConfig, pick_hopper_tile, pick_tile
+from rowint8.kernels.tiles import (
+    HOPPER_TILES,
+    FewTokensTile,
+    TileConfig,
+    pick_few_tokens_tile,
+    pick_hopper_tile,
+    pick_tile,
+)
 from rowint8.kernels.tuned import read_tiles, tiles_file, tuned_tile, use_tiles, write_tiles
 
 CARD = "NVIDIA Test"
 ONE = TileConfig(1, 4, 512, 2, 1)
 SOME = TileConfig(32, 64, 128, 8, 2, group=4, overlaps=True)
+FEW = FewTokensTile(2, 512)
 HOPPER = replace(HOPPER_TILES[1], split=4, group=2)
-TILES = {("linear", 64, 4096): {1: ONE, 100: HOPPER, 300: SOME}, ("swiglu", 96, 32): {7: SOME}}
+TILES = {
+    ("linear", 64, 4096): {1: ONE, 100: HOPPER, 300: SOME},
+    ("swiglu", 96, 32): {7: SOME},
+    ("swiglu", 64, 4096): {9: FEW},
+}
 SHARED_MEMORY = 232_448
 
 
@@ -26,7 +38,7 @@ def file(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: CARD)
     monkeypatch.setattr(tuned, "_used_instead", {})
-    caches = tuned._tiles_in_file, pick_tile, pick_hopper_tile
+    caches = tuned._tiles_in_file, pick_tile, pick_hopper_tile, pick_few_tokens_tile
     for cached in caches:
         cached.cache_clear()
     yield path
@@ -61,6 +73,8 @@ def test_they_go_before_the_shipped_ones(file):
     assert linear(1, n=65) == shipped[1], "of another weight"
     assert linear(1, itemsize=4) == shipped_fp32, "they were timed with 16 bits"
     assert [pick_hopper_tile("linear", m, 64, 4096, 132) for m in (1, 2, 100, 300)] == [None, HOPPER, HOPPER, None]
+    assert [pick_few_tokens_tile("swiglu", m, 64, 4096) for m in (1, 2, 8, 9)] == [None, FEW, FEW, None]
+    assert pick_few_tokens_tile("linear", 2, 64, 4096) is None, "a Hopper tile goes before the shipped one"
 
 
 def test_they_are_cut_to_the_card(file):
@@ -124,6 +138,8 @@ def changed(**fields):
         json.dumps({CARD: {"linear": {"64x4096": {"16": vars(replace(HOPPER, block_m=8))}}}}),
         json.dumps({CARD: {"linear": {"64x512": {"16": vars(HOPPER)}}}}),
         json.dumps({CARD: {"swiglu": {"64x4096": {"16": vars(HOPPER)}}}}),
+        json.dumps({CARD: {"swiglu": {"64x4096": {"8": vars(replace(FEW, warps=3))}}}}),
+        json.dumps({CARD: {"swiglu": {"64x4096": {"8": vars(replace(FEW, block_k=64))}}}}),
     ],
 )
 def test_a_bad_file_is_one_line_that_names_it(file, content):

@@ -1,0 +1,190 @@
+# type: ignore  # Gluon's own types do not describe device code
+"""The INT8 product for up to 8 tokens, in Gluon: weights go from memory to registers to tensor cores, and nowhere else.
+
+A program has 16 weight rows and all tokens. Its warps take turns along K, and their sums are added at the end. There is
+no pipeline: a warp asks for all of its block and waits, and the many warps of a multiprocessor hide each other's waits.
+
+What makes it cheap is the order of K. A tensor core wants from each thread four values of a row, two and two, eight
+apart; memory wants 16 neighbours at once. As a sum does not care for its order, a thread's 16 neighbours are declared
+to be its four values in four multiplications, in the weight and in the tokens alike. No value ever changes threads.
+
+This file is device code; `few_tokens_product` launches it.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+ROWS = gl.constexpr(16)
+"""Weight rows of a program: the height of the multiplication."""
+TOKENS = gl.constexpr(8)
+"""Its width."""
+_RUN = gl.constexpr(16)
+"""Neighbours in K that a thread loads: 16 bytes of the weight."""
+_QUAD = gl.constexpr(64)
+"""Neighbours in K of the four threads that share a row."""
+_HINT = gl.constexpr(1024)
+"""Bytes of each row that L2 is asked for ahead."""
+
+
+@gluon.jit(do_not_specialize=["M"])
+def few_tokens_kernel(
+    x,
+    values,
+    scale,
+    bias,
+    out,
+    M,
+    N,
+    K,
+    HAS_BIAS: gl.constexpr,
+    FUSED: gl.constexpr,
+    WARPS: gl.constexpr,
+    CHUNK: gl.constexpr,
+    EVEN_K: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    """Grid (cdiv(N, ROWS),). out: [M, N], or [M, N / 2] for SwiGLU. CHUNK: K of a warp at a time."""
+    LOAD: gl.constexpr = gl.BlockedLayout([1, 1, _RUN], [1, 8, 4], [WARPS, 1, 1], [2, 1, 0])
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
+    OF_ROWS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, LOAD))
+    if PDL:
+        gdc_launch_dependents()
+        _ask_for(values, N, K, FUSED, WARPS)
+        gdc_wait()
+    rows = _rows(N, FUSED, OF_ROWS).to(gl.int64)
+    tokens = gl.arange(0, TOKENS, OF_ROWS)
+    turns = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, LOAD))) * CHUNK
+    ks = turns[:, None, None] + gl.arange(0, CHUNK, gl.SliceLayout(0, gl.SliceLayout(1, LOAD)))[None, None, :]
+    w_ptrs = values + rows[None, :, None] * K + ks
+    x_ptrs = x + tokens[None, :, None] * K + ks
+    is_token = (tokens < M)[None, :, None]
+    acc = gl.zeros([WARPS, ROWS, TOKENS], gl.float32, MMA)
+    for k in range(0, K, WARPS * CHUNK):
+        if EVEN_K:
+            w = gl.load(w_ptrs, eviction_policy="evict_first")
+            xt = gl.load(x_ptrs, mask=is_token, other=0.0)
+        else:
+            w = gl.load(w_ptrs, mask=ks < K - k, other=0, eviction_policy="evict_first")
+            xt = gl.load(x_ptrs, mask=is_token & (ks < K - k), other=0.0)
+        acc = mma_v2(_left(_widened(w, x.dtype.element_ty), MMA), _right(xt, MMA), acc)
+        w_ptrs += WARPS * CHUNK
+        x_ptrs += WARPS * CHUNK
+    _finish(gl.sum(acc, axis=0), scale, bias, out, M, N, HAS_BIAS, FUSED)
+
+
+@gluon.jit
+def _rows(N, FUSED: gl.constexpr, LAYOUT: gl.constexpr):
+    """Weight rows of this program, in range; for SwiGLU eight gate rows over their eight up rows, which is how the sums
+    of a thread lie."""
+    r = gl.arange(0, ROWS, LAYOUT)
+    if FUSED:
+        rows = gl.minimum(gl.program_id(0) * (ROWS // 2) + r % 8, N // 2 - 1) + r // 8 * (N // 2)
+    else:
+        rows = gl.minimum(gl.program_id(0) * ROWS + r, N - 1)
+    return rows
+
+
+@gluon.jit
+def _ask_for(values, N, K, FUSED: gl.constexpr, WARPS: gl.constexpr):
+    """Brings the first bytes of every row into L2: a hint, which may be given before the kernel in front has ended."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [WARPS, 1], [1, 0])
+    rows = _rows(N, FUSED, gl.SliceLayout(1, LAYOUT)).to(gl.int64)
+    lines = gl.minimum(gl.arange(0, _HINT // 128, gl.SliceLayout(0, LAYOUT)) * 128, K - 1)
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [values + rows[:, None] * K + lines[None, :]],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _left(w, MMA: gl.constexpr):
+    """[WARPS, ROWS, CHUNK] as the left operand, K in the order of the module's docstring."""
+    W: gl.constexpr = w.shape[0]
+    CHUNK: gl.constexpr = w.shape[2]
+    parts = w.reshape([W, ROWS, CHUNK // _QUAD, 4, 4, 2, 2]).permute((0, 1, 2, 4, 5, 3, 6)).reshape([W, ROWS, CHUNK])
+    return gl.convert_layout(parts, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
+
+
+@gluon.jit
+def _right(xt, MMA: gl.constexpr):
+    """[WARPS, TOKENS, CHUNK] as the right operand [WARPS, CHUNK, TOKENS], in the same order of K."""
+    W: gl.constexpr = xt.shape[0]
+    CHUNK: gl.constexpr = xt.shape[2]
+    parts = xt.reshape([W, TOKENS, CHUNK // _QUAD, 4, 4, 2, 2]).permute((0, 2, 4, 5, 3, 6, 1))
+    return gl.convert_layout(parts.reshape([W, CHUNK, TOKENS]), gl.DotOperandLayout(1, MMA, 2), assert_trivial=True)
+
+
+@gluon.jit
+def _widened(w, DTYPE: gl.constexpr):
+    """INT8 values in bf16 or fp16, exactly, four at a time.
+
+    bf16 holds 128 + the low seven bits of a value in its mantissa, and what comes off is 128, or 256 where the sign bit
+    is set. fp16 has room for all eight: 1024 + (value + 128), where adding 128 flips the sign bit; then 1152 comes off.
+    """
+    if gl.bfloat16 == DTYPE:
+        wide = gl.inline_asm_elementwise(
+            """{
+                .reg .b32 v, offset, one;
+                mov.b32 one, 0x3f803f80;
+                prmt.b32 v, $2, 0, 0x4140;
+                lop3.b32 offset, v, 0x00800080, 0xC300C300, 0xea;
+                lop3.b32 v, v, 0x007f007f, 0x43004300, 0xea;
+                fma.rn.bf16x2 $0, v, one, offset;
+                prmt.b32 v, $2, 0, 0x4342;
+                lop3.b32 offset, v, 0x00800080, 0xC300C300, 0xea;
+                lop3.b32 v, v, 0x007f007f, 0x43004300, 0xea;
+                fma.rn.bf16x2 $1, v, one, offset;
+            }""",
+            "=&r,=&r,r",
+            [w],
+            dtype=gl.bfloat16,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        wide = gl.inline_asm_elementwise(
+            """{
+                .reg .b32 v, offset;
+                xor.b32 v, $2, 0x80808080;
+                mov.b32 offset, 0x64806480;
+                prmt.b32 $0, v, 0x6464, 0x4140;
+                prmt.b32 $1, v, 0x6464, 0x4342;
+                sub.rn.f16x2 $0, $0, offset;
+                sub.rn.f16x2 $1, $1, offset;
+            }""",
+            "=&r,=&r,r",
+            [w],
+            dtype=gl.float16,
+            is_pure=True,
+            pack=4,
+        )
+    return wide
+
+
+@gluon.jit
+def _finish(acc, scale, bias, out, M, N, HAS_BIAS: gl.constexpr, FUSED: gl.constexpr):
+    """Scales the sums [ROWS, TOKENS], adds the bias or takes silu(gate) * up, and stores the result."""
+    rows = _rows(N, FUSED, gl.SliceLayout(1, acc.type.layout))
+    acc *= gl.load(scale + rows).to(gl.float32)[:, None]
+    if HAS_BIAS:
+        acc += gl.load(bias + rows).to(gl.float32)[:, None]
+    if FUSED:
+        gate, up = acc.reshape([2, ROWS // 2, TOKENS]).permute((1, 2, 0)).split()
+        _store(gate / (1.0 + gl.exp(-gate)) * up, out, M, N // 2)
+    else:
+        _store(acc, out, M, N)
+
+
+@gluon.jit
+def _store(result, out, M, N):
+    R: gl.constexpr = result.shape[0]
+    n = gl.program_id(0) * R + gl.arange(0, R, gl.SliceLayout(1, result.type.layout))
+    tokens = gl.arange(0, TOKENS, gl.SliceLayout(0, result.type.layout))
+    ptrs = out + tokens.to(gl.int64)[None, :] * N + n[:, None]
+    gl.store(ptrs, result.to(out.dtype.element_ty), mask=(n < N)[:, None] & (tokens < M)[None, :])
