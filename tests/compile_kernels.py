@@ -82,7 +82,9 @@ def _tile(kernel) -> str:
     constants = {kernel.src.fn.arg_names[path[0]]: value for path, value in kernel.src.constants.items()}
     if config := constants.get("config"):
         return f"{config.block_m}x{config.across}*{config.rows}x{config.deep}*{config.block_k}"
-    sizes = "x".join(str(constants[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK", "CHUNK") if name in constants)
+    sizes = "x".join(
+        str(constants[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK", "CHUNK") if name in constants
+    )
     return f"{sizes} w{kernel.metadata.num_warps} s{kernel.metadata.num_stages}"
 
 
