@@ -36,10 +36,9 @@ def _rowint8(**options: bool) -> Setup:
 SETUPS = {
     "bf16": Setup({}),
     "rowint8": Setup({"quantization": "rowint8"}),
-    "rowint8-unfused": _rowint8(fuse_swiglu=False),
-    "rowint8-norm": _rowint8(fuse_norm=True),
+    "rowint8-no-norm": _rowint8(fuse_norm=False),
+    "rowint8-unfused": _rowint8(fuse_swiglu=False, fuse_norm=False),
     "rowint8-lm-head": _rowint8(lm_head=True),
-    "rowint8-lm-head-norm": _rowint8(lm_head=True, fuse_norm=True),
     "fp8": Setup({"quantization": "fp8"}),
     "w8a16": Setup({"load_format": "dummy", "hf_overrides": {"quantization_config": packed_config(())}}),
     "humming": Setup(

@@ -17,8 +17,8 @@ def bench_vllm(
     setups: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="Comma-separated: bf16, rowint8, rowint8-unfused, rowint8-norm, rowint8-lm-head, "
-            "rowint8-lm-head-norm, fp8, w8a16, humming. Default: all."
+            help="Comma-separated: bf16, rowint8, rowint8-no-norm, rowint8-unfused, rowint8-lm-head, fp8, w8a16, "
+            "humming. Default: all."
         ),
     ] = None,
     model: Model = None,
@@ -66,8 +66,8 @@ def bench_serve(
     setups: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="Comma-separated: bf16, rowint8, rowint8-unfused, rowint8-norm, rowint8-lm-head, "
-            "rowint8-lm-head-norm, fp8, w8a16. Default: bf16,rowint8,fp8."
+            help="Comma-separated: bf16, rowint8, rowint8-no-norm, rowint8-unfused, rowint8-lm-head, fp8, w8a16. "
+            "Default: bf16,rowint8,fp8."
         ),
     ] = None,
     model: Model = None,

@@ -41,7 +41,7 @@ Found = Mapping[str, Results]
 """Result files by their names without ".json"."""
 
 _SPREADS = {"ttft_ms": "TTFT", "tok_s": "tok/s"}
-_LLAMA_FILES = ("engine-h100", "vllm-h100")
+_LLAMA_FILES = ("engine-h200", "vllm-h200", "engine-h100", "vllm-h100")
 """Of Llama-3.1-8B's shape."""
 _DOCUMENTS = ("README.md", "POSTMORTEM.md", "docs/engine.md", "docs/vllm.md")
 _KINDS: list[Any] = [kind for name, kind in vars(schema).items() if name.endswith("Row") and is_dataclass(kind)]
@@ -90,7 +90,7 @@ def documents(folder: Path, found: Found) -> dict[Path, str]:
 
 def parts(found: Found) -> dict[str, str]:
     """The generated parts of other documents by the names in their markers."""
-    kernels = found.get("kernels-h100")
+    kernels = found.get("kernels-h200")
     return {
         "kernels": f"{short_table(kernels)}\n{tallies(_of_kind(found, KernelRow))}",
         "quality": quality_summary(found.get("quality-smollm2")),
@@ -99,11 +99,12 @@ def parts(found: Found) -> dict[str, str]:
         "limits": limits(kernels),
         "compiler": compiler_table(found.get("kernels-compile-h100")),
         "gaps": _gaps(found),
-        "vllm": vllm_table(found.get("vllm-h100")),
+        "vllm": vllm_table(found.get("vllm-h200")),
+        "vllm-h100": vllm_table(found.get("vllm-h100")),
         "vllm-tp2": "\n".join(vllm_table(found.get(f"vllm-{cards}")) for cards in ("h100x2", "h200x2")),
         "fidelity": fidelity_line(found.get("fidelity-smollm2")),
         "profile": parts_table(profile.rows) if (profile := found.get("profile-h100")) else TBD,
-        "engine": engine_table(found.get("engine-h100")),
+        "engine": engine_table(found.get("engine-h200")),
         "engine-cpu": engine_table(found.get("engine-cpu")),
     }
 

@@ -297,13 +297,13 @@ def test_command_writes_the_report_its_plots_and_marked_parts(tmp_path):
     folder = tmp_path / "results"
     write(folder, "engine-h100", ENGINE, replace(ENGINE, setup="int8"), replace(ENGINE, batch=8, tok_s=1200.0))
     write(folder, "fidelity-smollm2", FIDELITY, replace(FIDELITY, setup="int8-group32", kl_mean=0.01))
-    write(folder, "kernels-h100", KERNEL, replace(KERNEL, M=32), ceilings=CEILINGS)
+    write(folder, "kernels-h200", KERNEL, replace(KERNEL, M=32), ceilings=CEILINGS)
     (tmp_path / "README.md").write_text("mine\n<!-- report:limits -->\n<!-- /report -->\n")
     done = rowint8("report", folder)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    names = {"engine-h100-setups.svg", "engine-h100-batch.svg", "fidelity-smollm2-kl.svg", "kernels-h100.svg"}
+    names = {"engine-h100-setups.svg", "engine-h100-batch.svg", "fidelity-smollm2-kl.svg", "kernels-h200.svg"}
     assert {path.name for path in folder.iterdir()} - {"REPORT.md"} == names | {
-        f"{stem}.json" for stem in ("engine-h100", "fidelity-smollm2", "kernels-h100")
+        f"{stem}.json" for stem in ("engine-h100", "fidelity-smollm2", "kernels-h200")
     }
     text = (folder / "REPORT.md").read_text()
     assert all(f"![{name}]({name})" in text for name in names)

@@ -46,10 +46,10 @@ def test_a_checkpoint_with_a_config_is_serialized_unless_it_says_otherwise():
 
 def test_defaults_are_the_same_with_and_without_a_config():
     for config in (RowInt8Config(), RowInt8Config.from_config({"quant_method": "rowint8"})):
-        assert (config.lm_head, config.fuse_swiglu, config.fuse_norm) == (False, True, False)
-    flags = {"lm_head": True, "fuse_swiglu": False, "fuse_norm": True}
+        assert (config.lm_head, config.fuse_swiglu, config.fuse_norm) == (False, True, True)
+    flags = {"lm_head": True, "fuse_swiglu": False, "fuse_norm": False}
     config = RowInt8Config.from_config({"quant_method": "rowint8", **flags})
-    assert (config.lm_head, config.fuse_swiglu, config.fuse_norm) == (True, False, True)
+    assert (config.lm_head, config.fuse_swiglu, config.fuse_norm) == (True, False, False)
 
 
 def test_every_option_is_documented():

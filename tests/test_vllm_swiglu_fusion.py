@@ -127,16 +127,16 @@ def test_the_compiled_engine_fuses_what_it_should_and_says_the_same(driver, tmp_
     eager = driver.works(tiny)
     assert eager["swiglu_calls"] == 0
     assert driver.log.read_text().count("SwiGLU is not fused: the model is not compiled") == 1
-    fused = driver.works(tiny, llm={**options(fuse_norm=True), "enforce_eager": False})
+    fused = driver.works(tiny, llm={**TINY, "enforce_eager": False})
     assert fused["swiglu_calls"] > 0
     assert fused["norm_calls"] > 0
     assert driver.log.read_text().count("for sum and norm its kernel comes before") == 1
     assert driver.log.read_text().count("one kernel in the model's 2 gate_up layers") == 1
-    unfused = driver.works(tiny, llm={**options(fuse_swiglu=False), "enforce_eager": False})
+    unfused = driver.works(tiny, llm={**options(fuse_swiglu=False, fuse_norm=False), "enforce_eager": False})
     assert (unfused["swiglu_calls"], unfused["norm_calls"]) == (0, 0)
     for result in (fused, unfused):
         assert result["token_ids"] == eager["token_ids"]
         assert_close(result["logprobs"], eager["logprobs"])
-    again = driver.works(tiny, llm={**TINY, "enforce_eager": False})
+    again = driver.works(tiny, llm={**options(fuse_norm=False), "enforce_eager": False})
     assert again["swiglu_calls"] == fused["swiglu_calls"], "the compile cache mixed up the graphs"
     assert again["norm_calls"] == 0, "the compile cache mixed up the graphs"

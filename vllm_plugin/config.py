@@ -26,7 +26,7 @@ from rowint8.vllm_plugin.norm import prefer_provider
 
 logger = init_logger(f"vllm.{__name__}")
 
-_FLAGS = {"serialized": True, "lm_head": False, "fuse_swiglu": True, "fuse_norm": False}
+_FLAGS = {"serialized": True, "lm_head": False, "fuse_swiglu": True, "fuse_norm": True}
 _OPTIONS = ("quant_method", "serialized", "ignore", "lm_head", "fuse_swiglu", "fuse_norm")
 
 
