@@ -1,10 +1,10 @@
 """The sum into the residual stream and the norm behind it as one kernel, `rowint8::add_rms_norm`.
 
 vLLM writes the two as one operator of its own, `fused_add_rms_norm`, with implementations from several providers and,
-for each model, an order of preference (`kernel_config.ir_op_priority`). This is one more provider, which a model prefers to
-vLLM's native code, unless it has `fuse_norm` false: what torch.compile makes of that starts only when the kernel ahead
-of it has ended. A provider that the user puts first stays first. The sum is rounded before it is normalized, as by vLLM's CUDA
-kernel, not by its native code.
+for each model, an order of preference (`kernel_config.ir_op_priority`). This is one more provider. A model prefers it
+to vLLM's native code, unless `fuse_norm` is false: what torch.compile makes of that starts only when the kernel ahead
+of it has ended. A provider that the user puts first stays first. The sum is rounded before it is normalized, as by
+vLLM's CUDA kernel, not by its native code.
 """
 
 import torch
