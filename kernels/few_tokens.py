@@ -16,6 +16,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from rowint8.kernels.products import FOUR_TO_FP16
+
 ROWS = gl.constexpr(16)
 """Weight rows of a program: the height of the multiplication."""
 TOKENS = gl.constexpr(8)
@@ -125,7 +127,7 @@ def _widened(w, DTYPE: gl.constexpr):
     """INT8 values in bf16 or fp16, exactly, four at a time.
 
     bf16 holds 128 + the low seven bits of a value in its mantissa, and what comes off is 128, or 256 where the sign bit
-    is set. fp16 has room for all eight: 1024 + (value + 128), where adding 128 flips the sign bit; then 1152 comes off.
+    is set.
     """
     if gl.bfloat16 == DTYPE:
         wide = gl.inline_asm_elementwise(
@@ -149,15 +151,7 @@ def _widened(w, DTYPE: gl.constexpr):
         )
     else:
         wide = gl.inline_asm_elementwise(
-            """{
-                .reg .b32 v, offset;
-                xor.b32 v, $2, 0x80808080;
-                mov.b32 offset, 0x64806480;
-                prmt.b32 $0, v, 0x6464, 0x4140;
-                prmt.b32 $1, v, 0x6464, 0x4342;
-                sub.rn.f16x2 $0, $0, offset;
-                sub.rn.f16x2 $1, $1, offset;
-            }""",
+            FOUR_TO_FP16,
             "=&r,=&r,r",
             [w],
             dtype=gl.float16,

@@ -4,12 +4,28 @@ Both functions take *which* rows as a vector of indices, so the same loop serves
 and SwiGLU (gate rows and their up rows). Row indices must be in range: callers clamp them and mask the store.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _RUN = tl.constexpr(8)
 """Neighbours in K of a 16-byte load of 16-bit activations."""
+
+FOUR_TO_FP16: Any = tl.constexpr(
+    """{
+        .reg .b32 v, offset;
+        xor.b32 v, $2, 0x80808080;
+        mov.b32 offset, 0x64806480;
+        prmt.b32 $0, v, 0x6464, 0x4140;
+        prmt.b32 $1, v, 0x6464, 0x4342;
+        sub.rn.f16x2 $0, $0, offset;
+        sub.rn.f16x2 $1, $1, offset;
+    }"""
+)
+"""Four INT8 values in $2 to fp16 in $0 and $1, exactly: 1024 + (value + 128), where adding 128 flips the sign bit, is a
+pattern of bytes; then 1152 comes off."""
 
 
 @triton.jit
@@ -34,19 +50,10 @@ def overlap_previous(values, rows, K, BLOCK_N: tl.constexpr, BYTES: tl.constexpr
 
 @triton.jit
 def _widened(w, DOT: tl.constexpr):
-    """INT8 values in DOT, exactly. To fp16 the compiler converts one by one; 1024 + (value + 128) is put together from
-    bytes, four at a time, and 1152 comes off."""
+    """INT8 values in DOT, exactly. To fp16 the compiler would convert one by one."""
     if DOT == tl.float16:  # noqa: SIM300
         wide = tl.inline_asm_elementwise(
-            """{
-                .reg .b32 v, offset;
-                xor.b32 v, $2, 0x80808080;
-                mov.b32 offset, 0x64806480;
-                prmt.b32 $0, v, 0x6464, 0x4140;
-                prmt.b32 $1, v, 0x6464, 0x4342;
-                sub.rn.f16x2 $0, $0, offset;
-                sub.rn.f16x2 $1, $1, offset;
-            }""",
+            FOUR_TO_FP16,
             "=r,=r,r",
             [w],
             dtype=tl.float16,

@@ -1,7 +1,7 @@
 """Which tile a product runs with: a pure function of operator, shape and card. Nothing is timed at run time.
 
-The tables come from sweeps on an H100, for up to 8 tokens on an H200, over the four linear shapes of Llama-3.1-8B. Other
-cards take the same tiles, cut to their shared memory; those that are not Hopper never take a `HopperTile`.
+The tables come from sweeps on an H100, and for up to 8 tokens on an H200, over the four linear shapes of Llama-3.1-8B.
+Other cards take the same tiles, cut to their shared memory; those that are not Hopper never take a `HopperTile`.
 """
 
 from dataclasses import dataclass, replace

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from rowint8.kernels import ops, reference
 from rowint8.kernels.gluon_products import aligned, gluon_tile
 from rowint8.kernels.hopper_product import add_parts, hopper_product
-from rowint8.kernels.quantize import Int8Weight, quantize_rowwise
 from rowint8.kernels.tiles import HOPPER_TILES, HopperTile, hopper_processors, pick_hopper_tile
+from tests.kernel_cases import absolute, case
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 needs_hopper = pytest.mark.skipif(
@@ -26,16 +26,6 @@ TILE_AND_DTYPE = pytest.mark.parametrize(
     ("tile", "dtype"), [*((tile, torch.bfloat16) for tile in HOPPER_TILES), (HOPPER_TILES[2], torch.float16)], ids=str
 )
 SHAPES = [(16, 16), (336, 1040), (1296, 4112)]
-
-
-def case(m, n, k, dtype, bias=False):
-    weight = quantize_rowwise(torch.randn(n, k, device="cuda") / k**0.5)
-    b = torch.randn(n, device="cuda").to(dtype) if bias else None
-    return torch.randn(m, k, device="cuda").to(dtype), weight, b
-
-
-def absolute(x, weight):
-    return x.abs(), Int8Weight(weight.values.abs(), weight.scale)
 
 
 @pytest.mark.gpu
@@ -50,7 +40,7 @@ def test_linear(assert_matches, tile, split, shape, dtype):
         x, weight, bias = case(m, *shape, dtype, bias=True)
         out = hopper_product(x, *weight, bias, replace(tile, split=split))
         exact = reference.linear(x, weight, bias)
-        assert_matches(out, exact, reference.linear(*absolute(x, weight), bias.abs()))
+        assert_matches(out, exact, reference.linear(*absolute(x, weight, bias)))
         assert torch.equal(out, hopper_product(x, *weight, bias, replace(tile, split=split)))
 
 

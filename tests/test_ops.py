@@ -5,7 +5,8 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from rowint8.kernels import cpu, ops, reference
-from rowint8.kernels.quantize import Int8Weight, quantize_rowwise
+from rowint8.kernels.quantize import quantize_rowwise
+from tests.kernel_cases import absolute
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (1, 64), (64, 1), (7, 13), (48, 64), (130, 96), (1311 // 3, 435)]
@@ -15,10 +16,6 @@ LEADING = [(1,), (3,), (17,), (2, 5), (0,)]
 def case(n, k, leading, dtype, bias=False):
     weight = quantize_rowwise(torch.randn(n, k) / max(1, k) ** 0.5)
     return torch.randn(*leading, k).to(dtype), weight, torch.randn(n).to(dtype) if bias else None
-
-
-def absolute(x, weight, bias=None):
-    return x.abs(), Int8Weight(weight.values.abs(), weight.scale), None if bias is None else bias.abs()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

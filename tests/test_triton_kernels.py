@@ -12,8 +12,9 @@ from triton import knobs
 from rowint8.kernels import reference
 from rowint8.kernels.int8_linear import int8_linear
 from rowint8.kernels.int8_swiglu import int8_swiglu
-from rowint8.kernels.quantize import Int8Weight, quantize_rowwise
+from rowint8.kernels.quantize import quantize_rowwise
 from rowint8.kernels.tiles import TileConfig
+from tests.kernel_cases import absolute, case
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Outputs are rounded to nearest, but the interpreter truncates to bf16, which costs a whole ulp.
@@ -43,12 +44,6 @@ def use(tile, monkeypatch):
         monkeypatch.setattr(f"{module}.gluon_tile", lambda *operands: None)
 
 
-def case(m, n, k, dtype, device, bias=False):
-    weight = quantize_rowwise(torch.randn(n, k, device=device) / k**0.5)
-    b = torch.randn(n, device=device).to(dtype) if bias else None
-    return torch.randn(m, k, device=device).to(dtype), weight, b
-
-
 @pytest.fixture
 def check(assert_matches):
     """Runs both kernels or one of them on a case and compares."""
@@ -66,10 +61,6 @@ def check(assert_matches):
         assert_matches(out, reference.swiglu(x, weight), gates * ups, half_ulp=HALF_ULP.get(x.dtype))
 
     return SimpleNamespace(linear=linear, swiglu=swiglu)
-
-
-def absolute(x, weight, bias=None):
-    return x.abs(), Int8Weight(weight.values.abs(), weight.scale), None if bias is None else bias.abs()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
