@@ -194,8 +194,8 @@ def vector_product(
 
 @triton.jit
 def _widened_to_fp32(w, DOT: tl.constexpr):
-    """INT8 values in fp32, exactly. The card converts a quarter as fast as it adds; so for 16-bit activations 2^23 +
-    (value + 128) is put together from bytes, and 2^23 + 128 comes off."""
+    """INT8 values in fp32, exactly. The card's conversion is slow; so for 16-bit activations 2^23 + (value + 128) is
+    put together from bytes, and 2^23 + 128 comes off."""
     if DOT == tl.float32:  # noqa: SIM300
         wide = w.to(tl.float32)
     else:
