@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from rowint8.kernels.products import FOUR_TO_FP16
+from rowint8.kernels.widening import FOUR_TO_BF16, FOUR_TO_FP16
 
 ROWS = gl.constexpr(16)
 """Weight rows of a program: the height of the multiplication."""
@@ -70,7 +70,7 @@ def few_tokens_kernel(
         else:
             w = gl.load(w_ptrs, mask=ks < K - k, other=0, eviction_policy="evict_first")
             xt = gl.load(x_ptrs, mask=is_token & (ks < K - k), other=0.0)
-        acc = mma_v2(_left(_widened(w, x.dtype.element_ty), MMA), _right(xt, MMA), acc)
+        acc = mma_v2(_left(_widened(w, x), MMA), _right(xt, MMA), acc)
         w_ptrs += WARPS * CHUNK
         x_ptrs += WARPS * CHUNK
     _finish(gl.sum(acc, axis=0), scale, bias, out, M, N, HAS_BIAS, FUSED)
@@ -123,42 +123,10 @@ def _right(xt, MMA: gl.constexpr):
 
 
 @gluon.jit
-def _widened(w, DTYPE: gl.constexpr):
-    """INT8 values in bf16 or fp16, exactly, four at a time.
-
-    bf16 holds 128 + the low seven bits of a value in its mantissa, and what comes off is 128, or 256 where the sign bit
-    is set.
-    """
-    if gl.bfloat16 == DTYPE:
-        wide = gl.inline_asm_elementwise(
-            """{
-                .reg .b32 v, offset, one;
-                mov.b32 one, 0x3f803f80;
-                prmt.b32 v, $2, 0, 0x4140;
-                lop3.b32 offset, v, 0x00800080, 0xC300C300, 0xea;
-                lop3.b32 v, v, 0x007f007f, 0x43004300, 0xea;
-                fma.rn.bf16x2 $0, v, one, offset;
-                prmt.b32 v, $2, 0, 0x4342;
-                lop3.b32 offset, v, 0x00800080, 0xC300C300, 0xea;
-                lop3.b32 v, v, 0x007f007f, 0x43004300, 0xea;
-                fma.rn.bf16x2 $1, v, one, offset;
-            }""",
-            "=&r,=&r,r",
-            [w],
-            dtype=gl.bfloat16,
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        wide = gl.inline_asm_elementwise(
-            FOUR_TO_FP16,
-            "=&r,=&r,r",
-            [w],
-            dtype=gl.float16,
-            is_pure=True,
-            pack=4,
-        )
-    return wide
+def _widened(w, x):
+    """INT8 values in the dtype that x points to, bf16 or fp16, exactly."""
+    ASM: gl.constexpr = FOUR_TO_BF16 if x.dtype.element_ty == gl.bfloat16 else FOUR_TO_FP16
+    return gl.inline_asm_elementwise(ASM, "=&r,=&r,r", [w], dtype=x.dtype.element_ty, is_pure=True, pack=4)
 
 
 @gluon.jit

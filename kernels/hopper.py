@@ -21,6 +21,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from rowint8.kernels.widening import PAIR_TO_BF16, PAIR_TO_FP16
+
 _memory = gl.shared_memory_descriptor
 # renamed after Triton 3.6
 _reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret
@@ -149,7 +151,10 @@ def _widened(w_ring, x_ring, full, it, CONSUMER: gl.constexpr, config: gl.conste
     w = w_ring.index(it % STAGES * CONSUMERS + CONSUMER)
     ring = _reinterpret(w, gl.int16, [ROWS, BLOCK_K // 2], gl.NVMMASharedLayout(SWIZZLE, 16, 2))
     pairs = ring.load(gl.DotOperandLayout(0, ACC, k_width=1))
-    low, high = _bf16_pair(pairs) if x_ring.dtype == gl.bfloat16 else _fp16_pair(pairs)
+    ASM: gl.constexpr = PAIR_TO_BF16 if x_ring.dtype == gl.bfloat16 else PAIR_TO_FP16
+    low, high = gl.inline_asm_elementwise(
+        ASM, "=h,=h,h", [pairs], dtype=(x_ring.dtype, x_ring.dtype), is_pure=True, pack=1
+    )
     both = gl.join(low, high).reshape([ROWS, BLOCK_K])
     return gl.convert_layout(both, gl.DotOperandLayout(0, ACC, k_width=2), assert_trivial=True)
 
@@ -169,55 +174,6 @@ def _taken_over(sums, summed, taken, turn, place: gl.constexpr, ACC: gl.constexp
     acc = sums.index(place).load(ACC)
     mbarrier.arrive(taken.index(place), count=1)
     return acc
-
-
-@gluon.jit
-def _bf16_pair(pairs):
-    """Two INT8 values in an int16 -> (low, high) in bf16, exactly.
-
-    bf16 holds 128 + the low seven bits in its mantissa; what is taken off is 128, or 256 where the sign bit is set.
-    Two values share each of four instructions.
-    """
-    return gl.inline_asm_elementwise(
-        """{
-            .reg .b32 v, offset;
-            cvt.u32.u16 v, $2;
-            prmt.b32 v, v, 0, 0x4140;
-            lop3.b32 offset, v, 0x00800080, 0x43004300, 0xea;
-            lop3.b32 v, v, 0x007f007f, 0x43004300, 0xea;
-            sub.rn.bf16x2 v, v, offset;
-            mov.b32 {$0, $1}, v;
-        }""",
-        "=h,=h,h",
-        [pairs],
-        dtype=(gl.bfloat16, gl.bfloat16),
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
-def _fp16_pair(pairs):
-    """Two INT8 values in an int16 -> (low, high) in fp16, exactly.
-
-    fp16 has room for all eight bits: 1024 + (value + 128), where adding 128 flips the sign bit; then 1152 comes off.
-    """
-    return gl.inline_asm_elementwise(
-        """{
-            .reg .b32 v, offset;
-            cvt.u32.u16 v, $2;
-            prmt.b32 v, v, 0x6464, 0x4140;
-            xor.b32 v, v, 0x00800080;
-            mov.b32 offset, 0x64806480;
-            sub.rn.f16x2 v, v, offset;
-            mov.b32 {$0, $1}, v;
-        }""",
-        "=h,=h,h",
-        [pairs],
-        dtype=(gl.float16, gl.float16),
-        is_pure=True,
-        pack=1,
-    )
 
 
 @gluon.jit

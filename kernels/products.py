@@ -4,28 +4,14 @@ Both functions take *which* rows as a vector of indices, so the same loop serves
 and SwiGLU (gate rows and their up rows). Row indices must be in range: callers clamp them and mask the store.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from rowint8.kernels.widening import FOUR_TO_FP16, FOUR_TO_FP32
+
 _RUN = tl.constexpr(8)
 """Neighbours in K of a 16-byte load of 16-bit activations."""
-
-FOUR_TO_FP16: Any = tl.constexpr(
-    """{
-        .reg .b32 v, offset;
-        xor.b32 v, $2, 0x80808080;
-        mov.b32 offset, 0x64806480;
-        prmt.b32 $0, v, 0x6464, 0x4140;
-        prmt.b32 $1, v, 0x6464, 0x4342;
-        sub.rn.f16x2 $0, $0, offset;
-        sub.rn.f16x2 $1, $1, offset;
-    }"""
-)
-"""Four INT8 values in $2 to fp16 in $0 and $1, exactly: 1024 + (value + 128), where adding 128 flips the sign bit, is a
-pattern of bytes; then 1152 comes off."""
 
 
 @triton.jit
@@ -194,28 +180,9 @@ def vector_product(
 
 @triton.jit
 def _widened_to_fp32(w, DOT: tl.constexpr):
-    """INT8 values in fp32, exactly. The card's conversion is slow; so for 16-bit activations 2^23 + (value + 128) is
-    put together from bytes, and 2^23 + 128 comes off."""
+    """INT8 values in fp32, exactly; beside 16-bit activations without the card's conversion, which is slow."""
     if DOT == tl.float32:  # noqa: SIM300
         wide = w.to(tl.float32)
     else:
-        wide = tl.inline_asm_elementwise(
-            """{
-                .reg .b32 v, w0, w1, w2, w3;
-                xor.b32 v, $4, 0x80808080;
-                prmt.b32 w0, v, 0x4B000000, 0x7440;
-                prmt.b32 w1, v, 0x4B000000, 0x7441;
-                prmt.b32 w2, v, 0x4B000000, 0x7442;
-                prmt.b32 w3, v, 0x4B000000, 0x7443;
-                add.rn.f32 $0, w0, 0fCB000080;
-                add.rn.f32 $1, w1, 0fCB000080;
-                add.rn.f32 $2, w2, 0fCB000080;
-                add.rn.f32 $3, w3, 0fCB000080;
-            }""",
-            "=f,=f,=f,=f,r",
-            [w],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=4,
-        )
+        wide = tl.inline_asm_elementwise(FOUR_TO_FP32, "=f,=f,=f,=f,r", [w], dtype=tl.float32, is_pure=True, pack=4)
     return wide

@@ -140,10 +140,8 @@ def _is_taken(op: str, k: int, tile: Tile) -> bool:
     if isinstance(tile, HopperTile):
         return _is_hopper_tile(op, k, tile)
     if isinstance(tile, FewTokensTile):
-        sizes = tile.warps, tile.block_k
-        return (
-            _are_sizes(*sizes) and tile.warps in (1, 2, 4, 8) and tile.block_k in (128 * tile.warps, 256 * tile.warps)
-        )
+        whole = _are_sizes(tile.warps, tile.block_k) and tile.warps in (1, 2, 4, 8)
+        return whole and tile.block_k in (128 * tile.warps, 256 * tile.warps)
     return _is_tile(op, tile)
 
 
