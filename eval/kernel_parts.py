@@ -18,8 +18,8 @@ the cache. copies: moves and casts, gathers and embeddings. gaps: none of these 
 _KERNELS = {
     "attention": r"(?<!reshape_and_cache_)flash|fmha|attention|attn|sdpa",
     "sampling": r"arg_?max|top_?[kp]|sort|softmax|multinomial|cumsum|scan|searchsorted|sampl",
-    "matmul": r"_(linear|swiglu)_(one_token|many_tokens)|^hopper_kernel|^_add_parts|nvjet|gemm|gemv|matmul|splitkreduce"
-    r"|cutlass|marlin|machete|^triton_tem|^triton_(red|per)_.*_(add)?mm_",
+    "matmul": r"_(linear|swiglu)_(one_token|many_tokens)|^hopper_kernel|^few_tokens_kernel"
+    r"|nvjet|gemm|gemv|matmul|splitkreduce|cutlass|marlin|machete|^triton_tem|^triton_(red|per)_.*_(add)?mm_",
     "norm": r"norm|rsqrt",
     "copies": r"memcpy|memset|copy_kernel|gather|index_?select|catarray",
     "elementwise": r"elementwise|^triton_|act_and_mul|silu|rotary|reshape_and_cache|reduce_kernel|index",

@@ -1,15 +1,14 @@
 """The tiles that `rowint8 tune` tries: what a card's memory and registers allow, near sizes that have done well."""
 
-from dataclasses import replace
 from itertools import product
 
-from rowint8.kernels.tiles import HOPPER_TILES, MOST_FEW_TOKENS, FewTokensTile, TileConfig
+from rowint8.kernels.hopper_tiles import hopper_candidates
+from rowint8.kernels.tiles import MOST_FEW_TOKENS, FewTokensTile, TileConfig
 from rowint8.kernels.tuned import Tile
 
 _ITEMSIZE = 2
 """Bytes of an activation: tables are for 16 bits."""
 _FEW = 16
-_SPLITS = (1, 2, 4)
 _POINTERS_ON_HOPPER = 32
 """Beyond this many tokens a Hopper card has nothing to gain from the kernels that read through pointers."""
 
@@ -26,7 +25,7 @@ def candidates(op: str, m: int, k: int, shared_memory: int, on_hopper: bool) -> 
         tiles += [tile for tile in made if tile.shared_memory(_ITEMSIZE) <= shared_memory]
     if 1 < m <= MOST_FEW_TOKENS:
         tiles += [FewTokensTile(warps, warps * block_k) for warps, block_k in product((2, 4, 8), (128, 256))]
-    return tiles + (_hopper(op, m, k) if on_hopper and m > 1 else [])
+    return tiles + (hopper_candidates(op, m) if on_hopper and m > 1 else [])
 
 
 def _one_token(op: str) -> list[TileConfig]:
@@ -56,13 +55,4 @@ def _many_tokens(m: int) -> list[TileConfig]:
         TileConfig(block_m, n, k, warps, stages)
         for block_m, n, k, warps, stages in product(sizes, (32, 64, 128), (64, 128, 256), (4, 8), (2, 3, 4))
         if 8 <= block_m * n // (32 * warps) <= 64 and 4096 <= n * k <= 16384 and k * block_m <= 16384
-    ]
-
-
-def _hopper(op: str, m: int, k: int) -> list[Tile]:
-    splits = _SPLITS if op == "linear" else (1,)
-    return [
-        replace(tile, split=split)
-        for tile, split in product(HOPPER_TILES, splits)
-        if tile.block_m >= min(m, 64) and (split == 1 or split * tile.deep * tile.block_k <= k)
     ]

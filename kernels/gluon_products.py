@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from rowint8.kernels.tiles import FewTokensTile, HopperTile, hopper_processors, pick_few_tokens_tile, pick_hopper_tile
+from rowint8.kernels.hopper_tiles import HopperTile
+from rowint8.kernels.tiles import FewTokensTile, hopper_processors, pick_few_tokens_tile, pick_hopper_tile
 
 _ALIGNMENT = 16
 

@@ -8,8 +8,7 @@ while some widen, others multiply. Consumers lie `across` the weight's rows, `ro
 with a block of K of every slice; the sums of the deep ones meet in shared memory at the end of a tile. `full` barriers
 tell consumers that a stage has arrived, `empty` barriers tell the producer that all are done with it.
 
-Programs are persistent: at most one a multiprocessor, each takes every gridDim-th tile. With `split` > 1 the K of a
-tile is cut into parts, which are written as fp32 and added in order by a second kernel: results never depend on timing.
+Programs are persistent: at most one a multiprocessor, each takes every gridDim-th tile, or shares some with others.
 
 This file is device code; `hopper_product` launches it.
 """
@@ -21,6 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from rowint8.kernels.shared_tiles import announce, leave, share, take, turn_steps, turns
 from rowint8.kernels.widening import PAIR_TO_BF16, PAIR_TO_FP16
 
 _memory = gl.shared_memory_descriptor
@@ -40,25 +40,25 @@ class Config(NamedTuple):
     block_m: int
     block_k: int
     stages: int
-    split: int
+    shared: bool
     group: int
 
 
 @gluon.jit
-def _work_unit(unit, tiles_m, tiles_n, steps, SPLIT: gl.constexpr, GROUP: gl.constexpr):
-    """(pid_m, pid_n, split, first K step, end K step). GROUP row blocks of the weight run together: they share L2."""
-    tile = unit // SPLIT
-    split = unit % SPLIT
+def _block(tile, tiles_m, tiles_n, GROUP: gl.constexpr):
+    """(pid_m, pid_n) of a tile. GROUP row blocks of the weight run together: they share L2."""
     first_n = tile // (GROUP * tiles_m) * GROUP
     width = min(tiles_n - first_n, GROUP)
     within = tile - first_n * tiles_m
-    return within // width, first_n + within % width, split, split * steps // SPLIT, (split + 1) * steps // SPLIT
+    return within // width, first_n + within % width
 
 
 @gluon.jit
 def _produce(given, config: gl.constexpr):
     """Keeps the ring full, once the kernel before this one has written its output."""
-    weight, x, w_ring, x_ring, full, empty, tiles_m, tiles_n, steps = given
+    weight, x, rings, tiles = given
+    w_ring, x_ring, full, empty = rings
+    tiles_m, tiles_n, steps, waves = tiles
     FUSED: gl.constexpr = config.fused
     ACROSS: gl.constexpr = config.across
     DEEP: gl.constexpr = config.deep
@@ -66,16 +66,18 @@ def _produce(given, config: gl.constexpr):
     BLOCK_M: gl.constexpr = config.block_m
     BLOCK_K: gl.constexpr = config.block_k
     STAGES: gl.constexpr = config.stages
-    SPLIT: gl.constexpr = config.split
+    SHARED: gl.constexpr = config.shared
     GROUP: gl.constexpr = config.group
     gdc_wait()
-    it = 0
-    for unit in range(gl.program_id(0), tiles_m * tiles_n * SPLIT, gl.num_programs(0)):
-        pid_m, pid_n, _, first, end = _work_unit(unit, tiles_m, tiles_n, steps, SPLIT, GROUP)
-        for step in range(first, end):
-            stage = it % STAGES
+    begin, end, _ = share(tiles_m * tiles_n, waves, steps)
+    stage = 0
+    phase = 0
+    for turn in range(turns(tiles_m * tiles_n, waves, steps, begin, end, SHARED)):
+        tile, first, last = turn_steps(turn, waves, steps, begin, end, SHARED)
+        pid_m, pid_n = _block(tile, tiles_m, tiles_n, GROUP)
+        for step in range(first, last):
             arrived = full.index(stage)
-            mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
+            mbarrier.wait(empty.index(stage), phase ^ 1)
             mbarrier.expect(arrived, DEEP * BLOCK_K * (ACROSS * ROWS + 2 * BLOCK_M))
             for depth in gl.static_range(DEEP):
                 k = (step * DEEP + depth) * BLOCK_K
@@ -86,13 +88,23 @@ def _produce(given, config: gl.constexpr):
                         where = [(pid_n * ACROSS + side) * ROWS, k]
                     _load(weight, where, arrived, w_ring.index((stage * DEEP + depth) * ACROSS + side))
                 _load(x, [pid_m * BLOCK_M, k], arrived, x_ring.index(stage * DEEP + depth))
-            it += 1
+            stage, phase = _after(stage, phase, STAGES)
+
+
+@gluon.jit
+def _after(stage, phase, STAGES: gl.constexpr):
+    """The next stage of the ring, and whether it is filled for an even or an odd time."""
+    last = stage == STAGES - 1
+    return gl.where(last, 0, stage + 1), phase ^ last.to(gl.int32)
 
 
 @gluon.jit
 def _consume(given, CONSUMER: gl.constexpr, config: gl.constexpr):
     """Multiplies this consumer's share of every tile of this program; the first in depth stores the result."""
-    out, scale, bias, w_ring, x_ring, full, empty, sums, summed, taken, tiles_m, tiles_n, steps, M, N = given
+    out, scale, bias, parts, flags, rings, deeper, tiles, M, N = given
+    w_ring, x_ring, full, empty = rings
+    sums, summed, taken = deeper
+    tiles_m, tiles_n, steps, waves = tiles
     FUSED: gl.constexpr = config.fused
     HAS_BIAS: gl.constexpr = config.has_bias
     ACROSS: gl.constexpr = config.across
@@ -100,55 +112,57 @@ def _consume(given, CONSUMER: gl.constexpr, config: gl.constexpr):
     ROWS: gl.constexpr = config.rows
     BLOCK_M: gl.constexpr = config.block_m
     STAGES: gl.constexpr = config.stages
-    SPLIT: gl.constexpr = config.split
+    SHARED: gl.constexpr = config.shared
     GROUP: gl.constexpr = config.group
     SIDE: gl.constexpr = CONSUMER % ACROSS
     DEPTH: gl.constexpr = CONSUMER // ACROSS
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16])
-    it = 0
-    turn = 0  # tiles so far
-    for unit in range(gl.program_id(0), tiles_m * tiles_n * SPLIT, gl.num_programs(0)):
-        pid_m, pid_n, split, first, end = _work_unit(unit, tiles_m, tiles_n, steps, SPLIT, GROUP)
+    begin, end, total = share(tiles_m * tiles_n, waves, steps)
+    stage = 0
+    phase = 0
+    count = turns(tiles_m * tiles_n, waves, steps, begin, end, SHARED)
+    for turn in range(count):
+        tile, first, last = turn_steps(turn, waves, steps, begin, end, SHARED)
+        pid_m, pid_n = _block(tile, tiles_m, tiles_n, GROUP)
         row = (pid_n * ACROSS + SIDE) * ROWS
         factor, offset = _factors(scale, bias, row, N, ROWS, FUSED, HAS_BIAS, ACC)
         acc = gl.zeros([ROWS, BLOCK_M], gl.float32, ACC)
-        w = _widened(w_ring, x_ring, full, it, CONSUMER, config, ACC)
-        for _ in range(first + 1, end):
-            stage = it % STAGES
+        w = _widened(w_ring, x_ring, full, stage, phase, CONSUMER, config, ACC)
+        for _ in range(first + 1, last):
             acc = warpgroup_mma(w, x_ring.index(stage * DEEP + DEPTH).permute((1, 0)), acc, is_async=True)
-            w = _widened(w_ring, x_ring, full, it + 1, CONSUMER, config, ACC)
+            done = stage
+            stage, phase = _after(stage, phase, STAGES)
+            w = _widened(w_ring, x_ring, full, stage, phase, CONSUMER, config, ACC)
             acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(empty.index(stage), count=1)
-            it += 1
-        acc = warpgroup_mma(w, x_ring.index(it % STAGES * DEEP + DEPTH).permute((1, 0)), acc)
-        mbarrier.arrive(empty.index(it % STAGES), count=1)
-        it += 1
+            mbarrier.arrive(empty.index(done), count=1)
+        acc = warpgroup_mma(w, x_ring.index(stage * DEEP + DEPTH).permute((1, 0)), acc)
+        mbarrier.arrive(empty.index(stage), count=1)
+        stage, phase = _after(stage, phase, STAGES)
         if DEPTH > 0:
             _hand_over(acc, sums, summed, taken, turn, CONSUMER - ACROSS)
         else:
             for depth in gl.static_range(1, DEEP):
                 acc += _taken_over(sums, summed, taken, turn, (depth - 1) * ACROSS + SIDE, ACC)
-            token = pid_m * BLOCK_M
-            if FUSED:
-                _store(_swiglu(acc * factor[:, None]), out, row // 2, token, M, N // 2)
-            elif SPLIT > 1:
-                part = split * tiles_n * ACROSS * ROWS + row
-                _store_part(acc, out + part.to(gl.int64) * (tiles_m * BLOCK_M) + token, tiles_m * BLOCK_M, ACC)
-            else:
-                _store(acc * factor[:, None] + offset[:, None], out, row, token, M, N)
-        turn += 1  # noqa: SIM113
+            if SHARED:
+                if first > 0:
+                    leave(acc, parts, SIDE, ACROSS, ACC)
+                if turn == count - 1 and begin % steps > 0:
+                    announce(flags, SIDE, ACROSS)
+            if first == 0:
+                if SHARED:
+                    acc = take(acc, parts, flags, tile, waves, steps, total, SIDE, ACROSS, ACC)
+                _finish(acc, factor, offset, out, row, pid_m * BLOCK_M, M, N, FUSED)
 
 
 @gluon.jit
-def _widened(w_ring, x_ring, full, it, CONSUMER: gl.constexpr, config: gl.constexpr, ACC: gl.constexpr):
-    """This consumer's [ROWS, BLOCK_K] of K step `it` in the activations' dtype, once they have arrived."""
+def _widened(w_ring, x_ring, full, stage, phase, CONSUMER: gl.constexpr, config: gl.constexpr, ACC: gl.constexpr):
+    """This consumer's [ROWS, BLOCK_K] of a stage in the activations' dtype, once they have arrived."""
     ROWS: gl.constexpr = config.rows
     BLOCK_K: gl.constexpr = config.block_k
-    STAGES: gl.constexpr = config.stages
     CONSUMERS: gl.constexpr = config.across * config.deep
     SWIZZLE: gl.constexpr = w_ring.layout.swizzle_byte_width
-    mbarrier.wait(full.index(it % STAGES), (it // STAGES) & 1)
-    w = w_ring.index(it % STAGES * CONSUMERS + CONSUMER)
+    mbarrier.wait(full.index(stage), phase)
+    w = w_ring.index(stage * CONSUMERS + CONSUMER)
     ring = _reinterpret(w, gl.int16, [ROWS, BLOCK_K // 2], gl.NVMMASharedLayout(SWIZZLE, 16, 2))
     pairs = ring.load(gl.DotOperandLayout(0, ACC, k_width=1))
     ASM: gl.constexpr = PAIR_TO_BF16 if x_ring.dtype == gl.bfloat16 else PAIR_TO_FP16
@@ -201,11 +215,11 @@ def _swiglu(acc):
 
 
 @gluon.jit
-def _store_part(acc, part, stride, ACC: gl.constexpr):
-    """Writes a block of unscaled fp32 sums as it lies in registers."""
-    rows = gl.arange(0, acc.shape[0], gl.SliceLayout(1, ACC))
-    tokens = gl.arange(0, acc.shape[1], gl.SliceLayout(0, ACC))
-    gl.store(part + rows[:, None] * stride + tokens[None, :], acc)
+def _finish(acc, factor, offset, out, row, token, M, N, FUSED: gl.constexpr):
+    if FUSED:
+        _store(_swiglu(acc * factor[:, None]), out, row // 2, token, M, N // 2)
+    else:
+        _store(acc * factor[:, None] + offset[:, None], out, row, token, M, N)
 
 
 @gluon.jit
@@ -220,10 +234,11 @@ def _store(acc, out, row, token, M, N):
     gl.store(out + tokens[None, :] * N + rows[:, None], block, mask=mask)
 
 
-@gluon.jit(do_not_specialize=["M"])
-def hopper_kernel(weight, x, scale, bias, out, M, N, K, config: gl.constexpr):
-    """Grid: at most one program a multiprocessor. `weight` and `x` are TMA descriptors; `out` is [M, N], [M, N / 2]
-    for SwiGLU, or, with a split, fp32 parts [split, N padded, M padded] of the transposed product."""
+@gluon.jit(do_not_specialize=["M", "waves"])
+def hopper_kernel(weight, x, scale, bias, out, parts, flags, M, N, K, waves, config: gl.constexpr):
+    """Grid: at most one program a multiprocessor. `weight` and `x` are TMA descriptors; `out` is [M, N], or [M, N / 2]
+    for SwiGLU. Where programs share tiles, fp32 `parts` hold the sums of a tile for each, zero int32 `flags` one for
+    each warp that has sums, and each program takes `waves` whole tiles."""
     ACROSS: gl.constexpr = config.across
     DEEP: gl.constexpr = config.deep
     ROWS: gl.constexpr = config.rows
@@ -251,9 +266,9 @@ def hopper_kernel(weight, x, scale, bias, out, M, N, K, config: gl.constexpr):
     tiles_n = gl.cdiv(N, ACROSS * ROWS)
     steps = gl.cdiv(K, DEEP * BLOCK_K)
     rings = (w_ring, x_ring, full, empty)
-    tiles = (tiles_m, tiles_n, steps)
-    given = (out, scale, bias) + rings + (sums, summed, taken) + tiles + (M, N)  # noqa: RUF005
-    feed = (weight, x) + rings + tiles  # noqa: RUF005
+    tiles = (tiles_m, tiles_n, steps, waves)
+    given = (out, scale, bias, parts, flags, rings, (sums, summed, taken), tiles, M, N)
+    feed = (weight, x, rings, tiles)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [(_consume, (given, 0, config)), (_consume, (given, 1, config)), (_produce, (feed, config))],

@@ -1,51 +1,27 @@
-"""Launches the Hopper kernel: descriptors for TMA, the grid, and the sum of the parts of a split K."""
+"""Launches the Hopper kernel: descriptors for TMA, the grid, and memory for tiles that programs share."""
 
-from functools import cache, lru_cache
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, lru_cache, partial
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime import driver
 
 from rowint8.kernels.hopper import Config, hopper_kernel
-from rowint8.kernels.launch import blocks, launch, traits
-from rowint8.kernels.tiles import CONSUMER_ROWS, HopperTile, hopper_processors
+from rowint8.kernels.hopper_tiles import CONSUMER_ROWS, HopperTile, hopper_schedule
+from rowint8.kernels.launch import launch, traits
+from rowint8.kernels.shared_tiles import FLAG
+from rowint8.kernels.tiles import hopper_processors
 
 _GLUON_DTYPE = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _DESCRIPTORS = 4096
 """How many are kept for either operand: layers times tiles, as activations mostly return to the same addresses."""
-
-
-@triton.jit(do_not_specialize=["M"])
-def _add_parts(
-    parts,
-    scale,
-    bias,
-    out,
-    M,
-    N,
-    padded_m,
-    padded_n,
-    SPLIT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Grid (cdiv(N, BLOCK_N), cdiv(M, BLOCK_M)): out[M, N] from parts [SPLIT, padded_n, padded_m], in order."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask = (n < N)[:, None] & (m < M)[None, :]
-    pointers = parts + n.to(tl.int64)[:, None] * padded_m + m[None, :]
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for split in range(SPLIT):
-        acc += tl.load(pointers + split * padded_n.to(tl.int64) * padded_m, mask=mask, other=0.0)
-    acc *= tl.load(scale + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    if HAS_BIAS:
-        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    tl.store(out + m.to(tl.int64)[None, :] * N + n[:, None], acc.to(out.dtype.element_ty), mask=mask)
 
 
 def hopper_product(
@@ -58,18 +34,16 @@ def hopper_product(
     """
     (M, K), N = tokens.shape, values.shape[0]
     out = torch.empty(M, N // 2 if fused else N, dtype=tokens.dtype, device=tokens.device)
-    tiles_m, tiles_n = blocks(M, tile.block_m), blocks(N, tile.rows)
-    grid = min(hopper_processors(tokens.device), tiles_m * tiles_n * tile.split), 1, 1
-    written = out
-    if tile.split > 1:
-        padded = tiles_n * tile.rows, tiles_m * tile.block_m
-        written = torch.empty(tile.split, *padded, dtype=torch.float32, device=tokens.device)
+    programs, waves = hopper_schedule(tile, M, N, K, hopper_processors(tokens.device))
+    parts = flags = None
+    if tile.shared:
+        parts = torch.empty(programs, tile.rows * tile.block_m, dtype=torch.float32, device=tokens.device)
+        flags = _flags(tokens.device, driver.active.get_current_stream(tokens.device.index))  # type: ignore[attr-defined]
     variant = "hopper", fused, tile, N, K, traits(tokens, scale, bias)
     weight = _weight_descriptor(values.data_ptr(), N, K, tile, fused)
-    arguments = weight, _token_descriptor(tokens.data_ptr(), M, K, tokens.dtype, tile), scale, bias, written, M, N, K
-    launch(hopper_kernel, variant, grid, arguments, _constants(tile, fused, bias is not None), _OPTIONS)
-    if tile.split > 1:
-        add_parts(written, scale, bias, out)
+    x = _token_descriptor(tokens.data_ptr(), M, K, tokens.dtype, tile)
+    arguments = weight, x, scale, bias, out, parts, flags, M, N, K, waves
+    launch(hopper_kernel, variant, (programs, 1, 1), arguments, _constants(tile, fused, bias is not None), _OPTIONS)
     return out
 
 
@@ -79,17 +53,36 @@ _OPTIONS = dict(num_warps=4, launch_pdl=True)
 @cache
 def _constants(tile: HopperTile, fused: bool, has_bias: bool) -> dict[str, Config]:
     shape = tile.across, tile.deep, CONSUMER_ROWS, tile.block_m, tile.block_k, tile.stages
-    return {"config": Config(fused, has_bias, *shape, tile.split, tile.group)}
+    return {"config": Config(fused, has_bias, *shape, tile.shared, tile.group)}
 
 
-def add_parts(parts: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out[m, n] = sum over s of parts[s, n, m], scaled, plus bias. parts: fp32 [S, at least N, at least M]."""
-    M, N = out.shape
-    split, padded_n, padded_m = parts.shape
-    constants: dict[str, Any] = dict(SPLIT=split, HAS_BIAS=bias is not None, BLOCK_M=32, BLOCK_N=32)
-    variant = "add_parts", split, padded_m % 16 == 0, padded_n % 16 == 0, N, traits(scale, bias, out)
-    grid = blocks(N, 32), blocks(M, 32), 1
-    launch(_add_parts, variant, grid, (parts, scale, bias, out, M, N, padded_m, padded_n), constants, {})
+_STREAMS = 16
+_FLAGS = 4
+"""Of one program: for up to four consumers."""
+_next_place: defaultdict[torch.device, Iterator[int]] = defaultdict(count)
+
+
+@cache
+def _flags(device: torch.device, stream: int) -> Tensor:
+    """Zeros for the kernels of one stream, which follow one another.
+
+    As with cuBLAS's workspace, graphs that were captured in one stream must not be replayed at the same time.
+    """
+    place = next(_next_place[device])
+    return _flags_of_streams(device, place // _STREAMS).narrow(0, place % _STREAMS, 1)
+
+
+@cache
+def _flags_of_streams(device: torch.device, block: int) -> Tensor:
+    """Made for many streams at once, as a stream in which a graph is captured could not zero them now; and in another
+    thread, as this one may allocate from a pool whose memory an engine gives back while it sleeps."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("rowint8's first product on a GPU is captured in a CUDA graph; call `warmup`, or it, before")
+    shape = _STREAMS, hopper_processors(device) * _FLAGS * FLAG.value
+    with ThreadPoolExecutor(1) as thread:
+        [flags] = thread.map(partial(torch.zeros, dtype=torch.int32, device=device), [shape])
+    torch.cuda.synchronize(device)
+    return flags
 
 
 class _Memory(NamedTuple):

@@ -1,15 +1,17 @@
 """Which tile a product runs with: a pure function of operator, shape and card. Nothing is timed at run time.
 
-The tables come from sweeps on an H100, and for up to 8 tokens on an H200, over the four linear shapes of Llama-3.1-8B.
-Other cards take the same tiles, cut to their shared memory; those that are not Hopper never take a `HopperTile`.
+The tables come from sweeps over the four linear shapes of Llama-3.1-8B, on an H100 and, for the kernels in Gluon, an
+H200. Other cards take the same tiles, cut to their shared memory; those that are not Hopper never take a `HopperTile`.
 """
 
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from triton import knobs
+
+from rowint8.kernels.hopper_tiles import HopperTile, hopper_candidates, hopper_us
 
 
 @dataclass(frozen=True)
@@ -127,72 +129,8 @@ def _fit(tile: TileConfig, itemsize: int, shared_memory: int) -> TileConfig:
     return tile
 
 
-CONSUMER_ROWS = 64
-"""Weight rows of one consumer of the Hopper kernel: the height of a wgmma."""
-
-
-@dataclass(frozen=True)
-class HopperTile:
-    """A variant of the Hopper kernel."""
-
-    block_m: int
-    """Tokens per program."""
-    block_k: int
-    across: int
-    """Consumers side by side, each with CONSUMER_ROWS weight rows (for SwiGLU half of them are gate rows)."""
-    deep: int
-    """Consumers one behind another, each with a `block_k` of every slice of K."""
-    split: int = 1
-    """Parts that K is cut into, for weights with too few rows to fill the card."""
-    group: int = 8
-    """Row blocks of the weight that run together, for reuse in L2."""
-
-    @property
-    def rows(self) -> int:
-        """Weight rows per program."""
-        return self.across * CONSUMER_ROWS
-
-    @property
-    def stages(self) -> int:
-        """Slices of K in flight, as many as shared memory holds."""
-        handed_over = 4 * (self.deep - 1) * self.rows * self.block_m
-        slice_bytes = self.deep * self.block_k * (self.rows + 2 * self.block_m)
-        return min(10, (_HOPPER_RING_BYTES - handed_over) // slice_bytes)
-
-
-class _Cost(NamedTuple):
-    """Microseconds of one wave of tiles on an H100."""
-
-    k: float
-    """Per 1024 of K."""
-    wave: float
-
-
-# A least-squares fit to a sweep over Llama-3.1-8B's shapes, 16 to 2048 tokens: for comparing tiles only.
-_HOPPER = {
-    HopperTile(16, 256, across=1, deep=2): _Cost(1.49, 2.17),
-    HopperTile(16, 256, across=2, deep=1): _Cost(3.0, 2.2),
-    HopperTile(32, 256, across=2, deep=1): _Cost(3.19, 2.25),
-    HopperTile(32, 128, across=1, deep=2): _Cost(2.01, 1.04),
-    HopperTile(64, 128, across=1, deep=2): _Cost(2.68, 0.44),
-    HopperTile(64, 64, across=4, deep=1): _Cost(8.55, 2.3),
-    HopperTile(128, 64, across=1, deep=2): _Cost(4.07, 0.76),
-    HopperTile(128, 64, across=2, deep=2): _Cost(6.2, 2.11),
-    HopperTile(128, 64, across=3, deep=1): _Cost(9.3, 1.74),
-    HopperTile(128, 64, across=4, deep=1): _Cost(11.75, 2.31),
-    HopperTile(256, 64, across=2, deep=1): _Cost(10.36, 2.76),
-}
-HOPPER_TILES = tuple(_HOPPER)
-_LAUNCH_US = 1.39
-_READ_MB_PER_US = 2.51
-_SPLIT_US = 1.95
-_PART_US_PER_MB = 0.48
-
-_HOPPER_RING_BYTES = 221 * 1024
-"""Shared memory for stages; the rest of a program's 227 KiB holds barriers and the epilogue's scratch."""
-_FEW_ROWS, _MANY_ROWS = 2112, 6336
-"""Weight rows in one and in three blocks of 16 for each of 132 multiprocessors."""
-_SPLITS = (1, 2, 4)
+_SMALL_N, _SMALL_K = 6336, 4096
+"""A weight with at most these rows, and less than this K, is read before the Hopper kernel has started."""
 
 
 @cache
@@ -207,36 +145,12 @@ def pick_hopper_tile(op: str, m: int, n: int, k: int, processors: int) -> Hopper
         return tuned if isinstance(tuned, HopperTile) else None
     if _others_are_faster(op, m, n, k):
         return None
-    splits = _SPLITS if op == "linear" else (1,)
-    candidates = [
-        replace(tile, split=split)
-        for tile in _HOPPER
-        for split in splits
-        if split * tile.deep * tile.block_k <= max(k, tile.deep * tile.block_k) and tile.block_m >= min(m, 64)
-    ]
-    return min(candidates, key=lambda tile: _hopper_us(tile, m, n, k, processors))
+    return min(hopper_candidates(op, m), key=lambda tile: hopper_us(tile, m, n, k, processors))
 
 
 def _others_are_faster(op: str, m: int, n: int, k: int) -> bool:
-    """Whether the kernels without TMA are faster than the Hopper kernel: with one token, and with up to 16 in a linear
-    layer that is small, or has rows for every multiprocessor and not so many that their blocks come in waves."""
-    if m == 1:
-        return True
-    if m > 16 or op == "swiglu":
-        return False
-    return k < 4096 if n <= _FEW_ROWS else n <= _MANY_ROWS
-
-
-def _hopper_us(tile: HopperTile, m: int, n: int, k: int, processors: int) -> float:
-    """Waves of tiles or reading the weight, whichever takes longer (a smooth maximum), and what a split adds."""
-    cost = _HOPPER[replace(tile, split=1)]
-    tiles_m = -(-m // tile.block_m)
-    waves = -(-tiles_m * -(-n // tile.rows) * tile.split // processors)
-    computing = waves * (cost.k * k / tile.split / 1024 + cost.wave)
-    reading = n * k / 1e6 / _READ_MB_PER_US
-    parts_mb = 4 * tile.split * n * tiles_m * tile.block_m / 1e6
-    splitting = _SPLIT_US + _PART_US_PER_MB * parts_mb if tile.split > 1 else 0.0
-    return _LAUNCH_US + (computing**4 + reading**4) ** 0.25 + splitting
+    """Whether the kernels without TMA are faster than the Hopper kernel."""
+    return m == 1 or (m <= 16 and op == "linear" and n <= _SMALL_N and k < _SMALL_K)
 
 
 def _tuned(op: str, m: int, n: int, k: int) -> Any:

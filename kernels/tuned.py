@@ -17,15 +17,8 @@ from typing import Any
 
 import torch
 
-from rowint8.kernels.tiles import (
-    HOPPER_TILES,
-    FewTokensTile,
-    HopperTile,
-    TileConfig,
-    pick_few_tokens_tile,
-    pick_hopper_tile,
-    pick_tile,
-)
+from rowint8.kernels.hopper_tiles import HOPPER_TILES, HopperTile
+from rowint8.kernels.tiles import FewTokensTile, TileConfig, pick_few_tokens_tile, pick_hopper_tile, pick_tile
 
 Tile = TileConfig | HopperTile | FewTokensTile
 Tiles = dict[tuple[str, int, int], dict[int, Tile]]
@@ -138,18 +131,18 @@ def _tile(op: str, k: int, given: dict[str, Any]) -> Tile:
 
 def _is_taken(op: str, k: int, tile: Tile) -> bool:
     if isinstance(tile, HopperTile):
-        return _is_hopper_tile(op, k, tile)
+        return _is_hopper_tile(op, tile)
     if isinstance(tile, FewTokensTile):
         whole = _are_sizes(tile.warps, tile.block_k) and tile.warps in (1, 2, 4, 8)
         return whole and tile.block_k in (128 * tile.warps, 256 * tile.warps)
     return _is_tile(op, tile)
 
 
-def _is_hopper_tile(op: str, k: int, tile: HopperTile) -> bool:
-    """Whether it is a shipped tile, with a group and, for `linear`, a split of its own."""
-    shipped = replace(tile, split=1, group=1) in {replace(each, split=1, group=1) for each in HOPPER_TILES}
-    parts_fit = tile.split == 1 or (op == "linear" and tile.split * tile.deep * tile.block_k <= k)
-    return shipped and parts_fit and _are_sizes(tile.split, tile.group)
+def _is_hopper_tile(op: str, tile: HopperTile) -> bool:
+    """Whether it is a shipped tile, with a group of its own, shared in `linear` only."""
+    shipped = replace(tile, shared=False, group=1) in {replace(each, group=1) for each in HOPPER_TILES}
+    may_be_shared = type(tile.shared) is bool and (op == "linear" or not tile.shared)
+    return shipped and may_be_shared and _are_sizes(tile.group)
 
 
 def _is_tile(op: str, tile: TileConfig) -> bool:

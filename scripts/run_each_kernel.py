@@ -1,11 +1,14 @@
 """Launches each kernel once on a small case with awkward sizes, for compute-sanitizer (`make sanitize`)."""
 
+from dataclasses import replace
+
 import torch
 
 from rowint8.kernels import ops
 from rowint8.kernels.hopper_product import hopper_product
+from rowint8.kernels.hopper_tiles import HOPPER_TILES
 from rowint8.kernels.quantize import quantize_rowwise
-from rowint8.kernels.tiles import HOPPER_TILES, hopper_processors
+from rowint8.kernels.tiles import hopper_processors
 
 HIDDEN = 1040
 weight = quantize_rowwise(torch.randn(336, HIDDEN, device="cuda"))
@@ -24,6 +27,7 @@ if hopper_processors(torch.device("cuda")):
     for tile in HOPPER_TILES:
         print(tile, flush=True)
         hopper_product(tokens(tile.block_m + 3), *weight, None, tile, fused=True)
+        hopper_product(tokens(tile.block_m + 3), *weight, bias, replace(tile, shared=True))
 for m in (3, 600):
     print("add_rms_norm", m, flush=True)
     ops.add_rms_norm(tokens(m), tokens(m), torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16), 1e-5)

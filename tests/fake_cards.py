@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from rowint8.kernels import hopper_product, warmup
 from rowint8.kernels.add_rms_norm import add_rms_norm
 from rowint8.kernels.int8_linear import int8_linear
 from rowint8.kernels.int8_swiglu import int8_swiglu
@@ -70,6 +71,19 @@ def _properties(device: torch.device) -> SimpleNamespace:
     return SimpleNamespace(shared_memory_per_block_optin=card.shared_memory, multi_processor_count=card.processors)
 
 
+class _InThisThread:
+    """A pool without threads: fake tensors and the current fake card are of one thread."""
+
+    def __init__(self, threads: int, *_):
+        self.map = map
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
 def install() -> None:
     """Makes torch and Triton see CARDS."""
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
@@ -78,6 +92,8 @@ def install() -> None:
     torch.cuda.get_device_properties = _properties
     torch.cuda.device = nullcontext
     torch.cuda.synchronize = lambda device: None
+    torch.cuda.is_current_stream_capturing = lambda: False
+    hopper_product.ThreadPoolExecutor = warmup.ThreadPoolExecutor = _InThisThread
 
 
 @contextmanager

@@ -12,26 +12,13 @@ from collections.abc import Iterator
 import torch
 
 from rowint8.eval.bench_shapes import select_shapes
-from rowint8.kernels import warmup as module
-from rowint8.kernels.tiles import HOPPER_TILES, TileConfig
+from rowint8.kernels.hopper_tiles import HOPPER_TILES
+from rowint8.kernels.tiles import TileConfig
 from rowint8.kernels.tuned import use_tiles
 from rowint8.kernels.warmup import WeightShape, warmup
 from tests.fake_cards import Launch, install, on_card, recorded
 
 _DRAWS = 40
-
-
-class _InThisThread:
-    """A pool without threads: fake tensors and the current fake card are of one thread."""
-
-    def __init__(self, threads: int, **_):
-        self.map = map
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
 
 
 def weights(model: str, bias: bool) -> list[WeightShape]:
@@ -68,6 +55,5 @@ def cases() -> Iterator[dict]:
 
 if __name__ == "__main__":
     install()
-    module.ThreadPoolExecutor = _InThisThread
     for case in cases():
         print(json.dumps(case), flush=True)

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from rowint8.kernels import tiles
-from rowint8.kernels.tiles import HOPPER_TILES, TileConfig, pick_hopper_tile, pick_tile
+from rowint8.kernels.hopper_tiles import HOPPER_TILES
+from rowint8.kernels.tiles import TileConfig, pick_hopper_tile, pick_tile
 from tests.compile_kernels import PRODUCTS, TOKENS
 from tests.conftest import REPO
 from tests.fake_cards import CARDS
@@ -21,8 +22,8 @@ KNOWN_SPILLS = {
     ("sm80", "64x64x128 w4 s2"): 16,
     ("sm86", "128x64x128 w4 s2"): 32,
     ("sm89", "128x64x128 w4 s2"): 32,
-    ("sm90", "128x4*64x1*64"): 32,
-    ("sm90", "128x2*64x2*64"): 64,
+    ("sm90", "128x4*64x1*64"): 64,
+    ("sm90", "128x2*64x2*64"): 80,
     ("sm100", "32x64x256 w4 s3"): 32,
     ("sm120", "256x128x64 w8 s2"): 168,
 }
@@ -45,7 +46,7 @@ def test_every_kernel_compiles_and_fits(reports, card):
     expected = {"_linear_one_token", "_linear_many_tokens", "_swiglu_one_token", "_swiglu_many_tokens"}
     expected |= {"_add_rms_norm", "few_tokens_kernel"}
     if card == "sm90":
-        expected |= {"hopper_kernel", "_add_parts"}
+        expected |= {"hopper_kernel"}
     assert {report["kernel"] for report in compiled} == expected
     for report in compiled:
         assert report["shared"] <= CARDS[card].shared_memory, report

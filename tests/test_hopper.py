@@ -1,7 +1,7 @@
 """The Hopper kernel against the fp64 oracle, on a card of compute capability 9.0.
 
-The interpreter does not run Gluon: without such a card only the sum over the parts of a split K is computed here, and
-tests/test_compilation.py compiles the rest.
+The interpreter does not run Gluon: without such a card only the choice of tiles is tested here, and
+tests/test_compilation.py compiles the kernel.
 """
 
 from dataclasses import replace
@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from rowint8.kernels import ops, reference
 from rowint8.kernels.gluon_products import aligned, gluon_tile
-from rowint8.kernels.hopper_product import add_parts, hopper_product
-from rowint8.kernels.tiles import HOPPER_TILES, HopperTile, hopper_processors, pick_hopper_tile
+from rowint8.kernels.hopper_product import _flags, hopper_product
+from rowint8.kernels.hopper_tiles import HOPPER_TILES, HopperTile, hopper_candidates, hopper_schedule
+from rowint8.kernels.tiles import hopper_processors, pick_hopper_tile
 from tests.kernel_cases import absolute, case
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
@@ -30,18 +31,51 @@ SHAPES = [(16, 16), (336, 1040), (1296, 4112)]
 
 @pytest.mark.gpu
 @needs_hopper
-@pytest.mark.parametrize("split", [1, 4])
+@pytest.mark.parametrize("shared", [False, True])
 @TILE_AND_DTYPE
 @pytest.mark.parametrize("shape", SHAPES)
-def test_linear(assert_matches, tile, split, shape, dtype):
-    if split * tile.deep * tile.block_k > shape[1]:
-        pytest.skip("K is shorter than the parts")
+def test_linear(assert_matches, tile, shared, shape, dtype):
+    tile = replace(tile, shared=shared)
     for m in (1, tile.block_m, 2 * tile.block_m + 3):
         x, weight, bias = case(m, *shape, dtype, bias=True)
-        out = hopper_product(x, *weight, bias, replace(tile, split=split))
+        out = hopper_product(x, *weight, bias, tile)
         exact = reference.linear(x, weight, bias)
         assert_matches(out, exact, reference.linear(*absolute(x, weight, bias)))
-        assert torch.equal(out, hopper_product(x, *weight, bias, replace(tile, split=split)))
+        assert torch.equal(out, hopper_product(x, *weight, bias, tile))
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("tile", [tile for tile in hopper_candidates("linear", 1) if tile.shared], ids=str)
+def test_tiles_are_shared_after_whole_ones(assert_matches, tile):
+    """Often, as programs hand over to each other: each time the same bits, and all flags are lowered again."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    m = 300 * tile.rows // 1296 * tile.block_m + 3
+    assert hopper_schedule(tile, m, 1296, 4112, hopper_processors(device)).waves > 0
+    for n, k, tokens in ((1296, 4112, m), (6144, 4096, tile.block_m), (64, 16384, 3)):
+        x, weight, _ = case(tokens, n, k, torch.bfloat16)
+        out = hopper_product(x, *weight, None, tile)
+        assert_matches(out, reference.linear(x, weight), reference.linear(*absolute(x, weight)))
+        assert all(torch.equal(out, hopper_product(x, *weight, None, tile)) for _ in range(20))
+    assert not _flags(device, torch.cuda.current_stream().cuda_stream).any()
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_streams_have_flags_of_their_own():
+    tile = replace(HOPPER_TILES[0], shared=True)
+    x, weight, _ = case(16, 4096, 4096, torch.bfloat16)
+    out = hopper_product(x, *weight, None, tile)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    outs = []
+    for stream in streams * 20:
+        with torch.cuda.stream(stream):
+            outs.append(hopper_product(x, *weight, None, tile))
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, each) for each in outs)
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert len({_flags(device, stream.cuda_stream).data_ptr() for stream in streams}) == 3
 
 
 @pytest.mark.gpu
@@ -89,18 +123,6 @@ def test_operands_that_tma_cannot_read_take_the_other_kernel(assert_matches, op,
         assert_matches(ops.linear(x, *weight), reference.linear(x, weight), magnitude)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("m", "n"), [(1, 1), (33, 70)])
-def test_parts_are_added_scaled_and_biased(device, m, n, bias):
-    parts = torch.randn(3, n + 5, m + 2, device=device)
-    scale = torch.rand(n, device=device).half()
-    b = torch.randn(n, device=device) if bias else None
-    out = torch.full((m, n), float("nan"), device=device)
-    add_parts(parts, scale, b, out)
-    exact = parts[:, :n, :m].double().sum(0).T * scale.double() + (b.double() if bias else 0)
-    torch.testing.assert_close(out.double(), exact, rtol=1e-6, atol=1e-6)
-
-
 @given(
     op=st.sampled_from(["linear", "swiglu"]),
     m=st.integers(1, 20_000),
@@ -117,7 +139,27 @@ def test_the_chosen_tile_fits(op, m, n, k, processors):
     sums = 4 * (tile.deep - 1) * tile.rows * tile.block_m
     assert ring + sums <= SHARED_MEMORY - 4096
     assert tile.stages >= 3
-    assert tile.split == 1 or (op == "linear" and tile.split * tile.deep * tile.block_k <= k)
+    assert op == "linear" or not tile.shared
+
+
+@given(
+    tile=st.sampled_from(hopper_candidates("linear", 1)),
+    m=st.integers(1, 20_000),
+    n=st.integers(1, 200_000),
+    k=st.integers(16, 60_000),
+    processors=st.sampled_from([78, 114, 132]),
+)
+def test_every_program_has_work(tile, m, n, k, processors):
+    """And where tiles are shared, less than two tiles' worth beyond the whole ones."""
+    programs, waves = hopper_schedule(tile, m, n, k, processors)
+    tiles, steps = -(-m // tile.block_m) * -(-n // tile.rows), -(-k // (tile.deep * tile.block_k))
+    assert 0 < programs <= processors
+    if not tile.shared:
+        assert programs <= tiles
+        return
+    shared = (tiles - waves * programs) * steps
+    assert programs <= shared < 2 * programs * steps
+    assert shared * programs < 2**31, "the kernel counts in 32 bits"
 
 
 @pytest.mark.parametrize(
@@ -126,8 +168,9 @@ def test_the_chosen_tile_fits(op, m, n, k, processors):
         ("linear", 1, 28672, 4096, False),
         ("linear", 2, 28672, 4096, True),
         ("linear", 16, 8192, 1024, True),
-        ("linear", 16, 6144, 4096, False),
-        ("linear", 16, 4096, 14336, False),
+        ("linear", 16, 6144, 4096, True),
+        ("linear", 16, 4096, 14336, True),
+        ("linear", 16, 6144, 2048, False),
         ("linear", 8, 1536, 1536, False),
         ("linear", 8, 1536, 8960, True),
         ("linear", 17, 4096, 4096, True),
@@ -141,4 +184,4 @@ def test_it_is_taken_where_it_was_the_faster_one(op, m, n, k, taken):
 
 def test_large_products_take_the_tile_with_the_most_reuse():
     tile = pick_hopper_tile("linear", 8192, 28672, 4096, 132)
-    assert tile == HopperTile(256, 64, across=2, deep=1)
+    assert replace(tile, shared=False) == HopperTile(256, 64, across=2, deep=1)

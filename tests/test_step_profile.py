@@ -19,7 +19,7 @@ from rowint8.eval.report_checks import check_all
 from rowint8.eval.result_files import Results, read_results
 from rowint8.eval.schema import ProfileRow
 from rowint8.eval.step_profile_worker import _kernels
-from rowint8.kernels import add_rms_norm, hopper, hopper_product, int8_linear, int8_swiglu
+from rowint8.kernels import add_rms_norm, few_tokens, hopper, int8_linear, int8_swiglu
 
 KERNELS = {
     int8_linear._linear_one_token.__name__: "matmul",
@@ -27,7 +27,7 @@ KERNELS = {
     int8_swiglu._swiglu_one_token.__name__: "matmul",
     int8_swiglu._swiglu_many_tokens.__name__: "matmul",
     hopper.hopper_kernel.__name__: "matmul",
-    hopper_product._add_parts.__name__: "matmul",
+    few_tokens.few_tokens_kernel.__name__: "matmul",
     add_rms_norm._add_rms_norm.__name__: "norm",
     "nvjet_tst_64x8_64x16_4x1_v_bz_splitK_TNT": "matmul",
     "void cublasLt::splitKreduce_kernel<32, 16, int, __nv_bfloat16, ...>": "matmul",

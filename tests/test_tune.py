@@ -19,14 +19,8 @@ from rowint8.eval.result_files import read_results
 from rowint8.eval.schema import KernelRow
 from rowint8.eval.tune_candidates import candidates
 from rowint8.kernels import tuned
-from rowint8.kernels.tiles import (
-    FewTokensTile,
-    HopperTile,
-    TileConfig,
-    pick_few_tokens_tile,
-    pick_hopper_tile,
-    pick_tile,
-)
+from rowint8.kernels.hopper_tiles import HopperTile
+from rowint8.kernels.tiles import FewTokensTile, TileConfig, pick_few_tokens_tile, pick_hopper_tile, pick_tile
 from rowint8.kernels.tuned import read_tiles, tuned_tile, write_tiles
 
 CPU = torch.device("cpu")

@@ -7,21 +7,15 @@ import pytest
 import torch
 
 from rowint8.kernels import tuned
-from rowint8.kernels.tiles import (
-    HOPPER_TILES,
-    FewTokensTile,
-    TileConfig,
-    pick_few_tokens_tile,
-    pick_hopper_tile,
-    pick_tile,
-)
+from rowint8.kernels.hopper_tiles import HOPPER_TILES
+from rowint8.kernels.tiles import FewTokensTile, TileConfig, pick_few_tokens_tile, pick_hopper_tile, pick_tile
 from rowint8.kernels.tuned import read_tiles, tiles_file, tuned_tile, use_tiles, write_tiles
 
 CARD = "NVIDIA Test"
 ONE = TileConfig(1, 4, 512, 2, 1)
 SOME = TileConfig(32, 64, 128, 8, 2, group=4, overlaps=True)
 FEW = FewTokensTile(2, 512)
-HOPPER = replace(HOPPER_TILES[1], split=4, group=2)
+HOPPER = replace(HOPPER_TILES[1], shared=True, group=2)
 TILES = {
     ("linear", 64, 4096): {1: ONE, 100: HOPPER, 300: SOME},
     ("swiglu", 96, 32): {7: SOME},

@@ -1,0 +1,120 @@
+"""Tiles of the Hopper kernel: which there are, how they are dealt to programs, what they cost. `tiles` picks one."""
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import NamedTuple
+
+CONSUMER_ROWS = 64
+"""Weight rows of one consumer of the Hopper kernel: the height of a wgmma."""
+
+
+@dataclass(frozen=True)
+class HopperTile:
+    """A variant of the Hopper kernel."""
+
+    block_m: int
+    """Tokens per program."""
+    block_k: int
+    across: int
+    """Consumers side by side, each with CONSUMER_ROWS weight rows (for SwiGLU half of them are gate rows)."""
+    deep: int
+    """Consumers one behind another, each with a `block_k` of every slice of K."""
+    shared: bool = False
+    """Whether programs share tiles along K, so that each multiplies as much as any other; in `linear` only."""
+    group: int = 8
+    """Row blocks of the weight that run together, for reuse in L2."""
+
+    @property
+    def rows(self) -> int:
+        """Weight rows per program."""
+        return self.across * CONSUMER_ROWS
+
+    @property
+    def stages(self) -> int:
+        """Slices of K in flight, as many as shared memory holds."""
+        handed_over = 4 * (self.deep - 1) * self.rows * self.block_m
+        slice_bytes = self.deep * self.block_k * (self.rows + 2 * self.block_m)
+        return min(10, (_HOPPER_RING_BYTES - handed_over) // slice_bytes)
+
+
+class _Cost(NamedTuple):
+    """Microseconds of one wave of tiles on an H200."""
+
+    k: float
+    """Per 1024 of K."""
+    wave: float
+
+
+# A least-squares fit to sweeps over Llama-3.1-8B's shapes, 16 to 2048 tokens: for comparing tiles only.
+_HOPPER = {
+    HopperTile(16, 256, across=1, deep=2): _Cost(1.64, 1.62),
+    HopperTile(16, 256, across=2, deep=1): _Cost(3.22, 2.12),
+    HopperTile(32, 256, across=2, deep=1): _Cost(3.46, 1.59),
+    HopperTile(32, 128, across=1, deep=2): _Cost(1.85, 1.18),
+    HopperTile(64, 128, across=1, deep=2): _Cost(2.39, 1.33),
+    HopperTile(64, 64, across=4, deep=1): _Cost(8.97, 0.0),
+    HopperTile(128, 64, across=1, deep=2): _Cost(3.98, 0.5),
+    HopperTile(128, 64, across=2, deep=2): _Cost(6.56, 1.49),
+    HopperTile(128, 64, across=3, deep=1): _Cost(9.87, 0.0),
+    HopperTile(128, 64, across=4, deep=1): _Cost(12.74, 0.0),
+    HopperTile(256, 64, across=2, deep=1): _Cost(11.75, 0.0),
+}
+HOPPER_TILES = tuple(_HOPPER)
+_LAUNCH_US = 0.85
+_READ_MB_PER_US = 4.11
+_SHARE_US = 1.97
+_PART_US_PER_MB = 25.0
+_EVEN = 0.9
+"""Part of the card from which on it is better to cut every tile alike than to use all of it."""
+
+_HOPPER_RING_BYTES = 221 * 1024
+"""Shared memory for stages; the rest of a program's 227 KiB holds barriers and the epilogue's scratch."""
+
+
+@cache
+def hopper_candidates(op: str, m: int) -> list[HopperTile]:
+    """The tiles of the Hopper kernel for m tokens. SwiGLU's are never shared: its epilogue leaves no registers."""
+    ways = (False, True) if op == "linear" else (False,)
+    return [replace(tile, shared=shared) for tile in _HOPPER for shared in ways if tile.block_m >= min(m, 64)]
+
+
+class Schedule(NamedTuple):
+    programs: int
+    waves: int
+    """Tiles that each program takes whole before all share the others; where none is shared, 0."""
+
+
+@cache
+def hopper_schedule(tile: HopperTile, m: int, n: int, k: int, processors: int) -> Schedule:
+    """How a product's tiles are dealt to programs.
+
+    Where they are shared, one to two tiles' worth of work is left to be, and if there are so few of them that each goes
+    to several programs, each is cut evenly where that occupies nearly all multiprocessors.
+    """
+    tiles = -(-m // tile.block_m) * -(-n // tile.rows)
+    if not tile.shared:
+        return Schedule(min(processors, tiles), 0)
+    if tiles >= processors:
+        return Schedule(processors, tiles // processors - 1)
+    even = processors // tiles * tiles
+    programs = even if tiles < even and even >= _EVEN * processors else processors
+    return Schedule(min(programs, tiles * -(-k // (tile.deep * tile.block_k))), 0)
+
+
+def hopper_us(tile: HopperTile, m: int, n: int, k: int, processors: int) -> float:
+    """Waves of tiles or reading the weight, whichever takes longer (a smooth maximum), and what sharing adds."""
+    cost = _HOPPER[replace(tile, shared=False)]
+    programs, waves = hopper_schedule(tile, m, n, k, processors)
+    tiles = -(-m // tile.block_m) * -(-n // tile.rows)
+    sharing = 0.0
+    if tile.shared:
+        uneven = programs % tiles != 0
+        behind = tiles / programs - waves
+        multiplied, begun = tiles / programs, waves + 1 + uneven
+        parts = max(1.0, 1 / behind - 1) + uneven  # that a program takes from others, or leaves to them
+        sharing = _SHARE_US + _PART_US_PER_MB * 4e-6 * tile.rows * tile.block_m * parts
+    else:
+        multiplied = begun = -(-tiles // programs)
+    computing = multiplied * cost.k * k / 1024 + begun * cost.wave
+    reading = n * k / 1e6 / _READ_MB_PER_US
+    return _LAUNCH_US + (computing**4 + reading**4) ** 0.25 + sharing
