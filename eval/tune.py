@@ -65,7 +65,7 @@ def make_jobs(shapes: Sequence[Shape], tokens: Sequence[int], device: torch.devi
     """A job for each product and number of tokens, by shape."""
     limit, on_hopper = shared_memory_limit(device), hopper_processors(device) > 0
     return [
-        Job(op, shape, m, candidates(op, m, shape.k, limit, on_hopper))
+        Job(op, shape, m, candidates(op, m, limit, on_hopper))
         for shape in shapes
         for op in shape.ops
         if op in _OPS

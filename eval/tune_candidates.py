@@ -13,8 +13,8 @@ _POINTERS_ON_HOPPER = 32
 """Beyond this many tokens a Hopper card has nothing to gain from the kernels that read through pointers."""
 
 
-def candidates(op: str, m: int, k: int, shared_memory: int, on_hopper: bool) -> list[Tile]:
-    """Tiles for `op` on m tokens and a weight of k inputs.
+def candidates(op: str, m: int, shared_memory: int, on_hopper: bool) -> list[Tile]:
+    """Tiles for `op` on m tokens.
 
     Args:
         shared_memory: bytes that one program may use on the card.
@@ -25,7 +25,7 @@ def candidates(op: str, m: int, k: int, shared_memory: int, on_hopper: bool) -> 
         tiles += [tile for tile in made if tile.shared_memory(_ITEMSIZE) <= shared_memory]
     if 1 < m <= MOST_FEW_TOKENS:
         tiles += [FewTokensTile(warps, warps * block_k) for warps, block_k in product((2, 4, 8), (128, 256))]
-    return tiles + (hopper_candidates(op, m) if on_hopper and m > 1 else [])
+    return [*tiles, *(hopper_candidates(op, m) if on_hopper and m > 1 else ())]
 
 
 def _one_token(op: str) -> list[TileConfig]:

@@ -20,7 +20,7 @@ class HopperTile:
     deep: int
     """Consumers one behind another, each with a `block_k` of every slice of K."""
     shared: bool = False
-    """Whether programs share tiles along K, so that each multiplies as much as any other; in `linear` only."""
+    """Whether programs share tiles along K, so that each multiplies as much as any other: see `may_be_shared`."""
     group: int = 8
     """Row blocks of the weight that run together, for reuse in L2."""
 
@@ -63,7 +63,9 @@ HOPPER_TILES = tuple(_HOPPER)
 _LAUNCH_US = 0.85
 _READ_MB_PER_US = 4.11
 _SHARE_US = 1.97
-_PART_US_PER_MB = 25.0
+_PART_US_PER_MB = 22.0
+_SHARED_FROM = 0.97
+"""Tiles are shared where that is estimated to take less than this part of the time of whole ones."""
 _EVEN = 0.9
 """Part of the card from which on it is better to cut every tile alike than to use all of it."""
 
@@ -72,10 +74,15 @@ _HOPPER_RING_BYTES = 221 * 1024
 
 
 @cache
-def hopper_candidates(op: str, m: int) -> list[HopperTile]:
-    """The tiles of the Hopper kernel for m tokens. SwiGLU's are never shared: its epilogue leaves no registers."""
-    ways = (False, True) if op == "linear" else (False,)
-    return [replace(tile, shared=shared) for tile in _HOPPER for shared in ways if tile.block_m >= min(m, 64)]
+def hopper_candidates(op: str, m: int) -> tuple[HopperTile, ...]:
+    """The tiles of the Hopper kernel for m tokens."""
+    whole = [tile for tile in _HOPPER if tile.block_m >= min(m, 64)]
+    return *whole, *(replace(tile, shared=True) for tile in whole if may_be_shared(op, tile))
+
+
+def may_be_shared(op: str, tile: HopperTile) -> bool:
+    """SwiGLU, and four consumers with 128 tokens each, have no registers left for taking the sums of others."""
+    return op == "linear" and (tile.across * tile.deep < 4 or tile.block_m < 128)
 
 
 class Schedule(NamedTuple):
@@ -88,8 +95,8 @@ class Schedule(NamedTuple):
 def hopper_schedule(tile: HopperTile, m: int, n: int, k: int, processors: int) -> Schedule:
     """How a product's tiles are dealt to programs.
 
-    Where they are shared, one to two tiles' worth of work is left to be, and if there are so few of them that each goes
-    to several programs, each is cut evenly where that occupies nearly all multiprocessors.
+    Shared are the last one to two tiles a program. Where there are fewer tiles than programs, each is cut into equal
+    parts if that occupies nearly all multiprocessors.
     """
     tiles = -(-m // tile.block_m) * -(-n // tile.rows)
     if not tile.shared:
@@ -102,7 +109,10 @@ def hopper_schedule(tile: HopperTile, m: int, n: int, k: int, processors: int) -
 
 
 def hopper_us(tile: HopperTile, m: int, n: int, k: int, processors: int) -> float:
-    """Waves of tiles or reading the weight, whichever takes longer (a smooth maximum), and what sharing adds."""
+    """Waves of tiles or reading the weight, whichever takes longer (a smooth maximum), and what sharing adds.
+
+    With shared tiles a little more than estimated, as they must be worth their while.
+    """
     cost = _HOPPER[replace(tile, shared=False)]
     programs, waves = hopper_schedule(tile, m, n, k, processors)
     tiles = -(-m // tile.block_m) * -(-n // tile.rows)
@@ -117,4 +127,5 @@ def hopper_us(tile: HopperTile, m: int, n: int, k: int, processors: int) -> floa
         multiplied = begun = -(-tiles // programs)
     computing = multiplied * cost.k * k / 1024 + begun * cost.wave
     reading = n * k / 1e6 / _READ_MB_PER_US
-    return _LAUNCH_US + (computing**4 + reading**4) ** 0.25 + sharing
+    us = _LAUNCH_US + (computing**4 + reading**4) ** 0.25 + sharing
+    return us / _SHARED_FROM if tile.shared else us

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from rowint8.kernels.hopper_tiles import HOPPER_TILES, HopperTile
+from rowint8.kernels.hopper_tiles import HOPPER_TILES, HopperTile, may_be_shared
 from rowint8.kernels.tiles import FewTokensTile, TileConfig, pick_few_tokens_tile, pick_hopper_tile, pick_tile
 
 Tile = TileConfig | HopperTile | FewTokensTile
@@ -79,7 +79,7 @@ def read_tiles(path: Path, card: str) -> Tiles:
         for op, shapes in everything.get(card, {}).items():
             for shape, by_tokens in shapes.items():
                 n, k = map(int, shape.split("x"))
-                tiles[op, n, k] = {int(most): _tile(op, k, given) for most, given in by_tokens.items()}
+                tiles[op, n, k] = {int(most): _tile(op, given) for most, given in by_tokens.items()}
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(_not_ours(path, error)) from error
     return tiles
@@ -117,19 +117,19 @@ def _not_ours(path: Path, why: object) -> str:
     return f"{path} holds no tiles of `rowint8 tune` ({why}); delete it, or tune again to another file"
 
 
-def _tile(op: str, k: int, given: dict[str, Any]) -> Tile:
+def _tile(op: str, given: dict[str, Any]) -> Tile:
     """A tile from its fields; ValueError where no kernel takes it."""
     kind = HopperTile if "across" in given else FewTokensTile if "warps" in given else TileConfig
     accepted = [field.name for field in fields(kind)]
     if op not in _OPS or sorted(given) != sorted(accepted):
         raise ValueError(f"{op} has {sorted(given)}; accepted are {_OPS} with {accepted}")
     tile = kind(**given)
-    if not _is_taken(op, k, tile):
+    if not _is_taken(op, tile):
         raise ValueError(f"{op} has {tile}, which no kernel takes")
     return tile
 
 
-def _is_taken(op: str, k: int, tile: Tile) -> bool:
+def _is_taken(op: str, tile: Tile) -> bool:
     if isinstance(tile, HopperTile):
         return _is_hopper_tile(op, tile)
     if isinstance(tile, FewTokensTile):
@@ -139,10 +139,10 @@ def _is_taken(op: str, k: int, tile: Tile) -> bool:
 
 
 def _is_hopper_tile(op: str, tile: HopperTile) -> bool:
-    """Whether it is a shipped tile, with a group of its own, shared in `linear` only."""
+    """Whether it is a shipped tile, with a group of its own."""
     shipped = replace(tile, shared=False, group=1) in {replace(each, group=1) for each in HOPPER_TILES}
-    may_be_shared = type(tile.shared) is bool and (op == "linear" or not tile.shared)
-    return shipped and may_be_shared and _are_sizes(tile.group)
+    shared_or_not = type(tile.shared) is bool and (may_be_shared(op, tile) or not tile.shared)
+    return shipped and shared_or_not and _are_sizes(tile.group)
 
 
 def _is_tile(op: str, tile: TileConfig) -> bool:

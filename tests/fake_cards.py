@@ -74,7 +74,7 @@ def _properties(device: torch.device) -> SimpleNamespace:
 class _InThisThread:
     """A pool without threads: fake tensors and the current fake card are of one thread."""
 
-    def __init__(self, threads: int, *_):
+    def __init__(self, threads: int, **_):
         self.map = map
 
     def __enter__(self):

@@ -31,11 +31,14 @@ SHAPES = [(16, 16), (336, 1040), (1296, 4112)]
 
 @pytest.mark.gpu
 @needs_hopper
-@pytest.mark.parametrize("shared", [False, True])
-@TILE_AND_DTYPE
+@pytest.mark.parametrize(
+    ("tile", "dtype"),
+    [(tile, torch.bfloat16) for tile in hopper_candidates("linear", 1)]
+    + [(replace(HOPPER_TILES[2], shared=shared), torch.float16) for shared in (False, True)],
+    ids=str,
+)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_linear(assert_matches, tile, shared, shape, dtype):
-    tile = replace(tile, shared=shared)
+def test_linear(assert_matches, tile, shape, dtype):
     for m in (1, tile.block_m, 2 * tile.block_m + 3):
         x, weight, bias = case(m, *shape, dtype, bias=True)
         out = hopper_product(x, *weight, bias, tile)
