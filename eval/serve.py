@@ -1,5 +1,6 @@
 """A real `vllm serve` for as long as a `with` block lasts."""
 
+import random
 import socket
 import subprocess
 import tempfile
@@ -7,7 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rowint8.eval.errors import EvalError
@@ -44,11 +45,17 @@ def vllm_server(model: Path, options: Sequence[str] = (), ranks: int = 1) -> Ite
             stop(process, STOP_TIMEOUT)
 
 
+_PORTS = range(20_000, 30_000)
+"""Below those that Linux hands out, of which another program may get one before a server that was told of it starts."""
+
+
 def free_port() -> int:
     """A TCP port of 127.0.0.1 that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    for port in random.sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise EvalError(f"no port of 127.0.0.1 is free in {_PORTS}")
 
 
 def wait_until_healthy(process: subprocess.Popen, url: str, timeout: float = START_TIMEOUT) -> bool:

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from rowint8.eval.serve import free_port
 
 pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
@@ -29,12 +30,6 @@ def server(smollm2, tmp_path_factory):
     process = serve(smollm2, log, "--port", str(port), "--max-model-len", "256", "--enforce-eager")
     yield process, f"http://127.0.0.1:{port}/v1", log
     process.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def serve(model: Path, log: Path, *options: str) -> subprocess.Popen:
