@@ -56,7 +56,7 @@ def _constants(tile: HopperTile, fused: bool, has_bias: bool) -> dict[str, Confi
     return {"config": Config(fused, has_bias, *shape, tile.shared, tile.group)}
 
 
-_STREAMS = 16
+_STREAMS = 64
 _FLAGS = 4
 """Of one program: for up to four consumers."""
 _next_place: defaultdict[torch.device, Iterator[int]] = defaultdict(count)
@@ -77,7 +77,9 @@ def _flags_of_streams(device: torch.device, block: int) -> Tensor:
     """Made for many streams at once, as a stream in which a graph is captured could not zero them now; and in another
     thread, as this one may allocate from a pool whose memory an engine gives back while it sleeps."""
     if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("rowint8's first product on a GPU is captured in a CUDA graph; call `warmup`, or it, before")
+        raise RuntimeError(
+            "rowint8 makes its flags at the first product, not in a CUDA graph's capture: call one before"
+        )
     shape = _STREAMS, hopper_processors(device) * _FLAGS * FLAG.value
     with ThreadPoolExecutor(1) as thread:
         [flags] = thread.map(partial(torch.zeros, dtype=torch.int32, device=device), [shape])

@@ -8,7 +8,7 @@ Results therefore never depend on timing. Nobody waits for a program of a higher
 
 Each consumer leaves its sums to the same consumer of the other program, and a flag tells of them. It is zero before a
 launch and after it. Neither reads its thread's number nor votes in a warp: ptxas would no longer keep the loop over K's
-addresses in registers of the whole warp, and that loop would take 1.4 times as long.
+addresses in registers of the whole warp, and the loop would take up to 1.45 times as long.
 """
 
 from triton.experimental import gluon

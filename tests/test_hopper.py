@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rowint8.kernels import ops, reference
 from rowint8.kernels.gluon_products import aligned, gluon_tile
-from rowint8.kernels.hopper_product import _flags, hopper_product
+from rowint8.kernels.hopper_product import _flags, _flags_of_streams, hopper_product
 from rowint8.kernels.hopper_tiles import HOPPER_TILES, HopperTile, hopper_candidates, hopper_schedule
 from rowint8.kernels.tiles import hopper_processors, pick_hopper_tile
 from tests.kernel_cases import absolute, case
@@ -124,6 +124,12 @@ def test_operands_that_tma_cannot_read_take_the_other_kernel(assert_matches, op,
         assert_matches(ops.swiglu(x, *weight), reference.swiglu(x, weight), gates * ups)
     else:
         assert_matches(ops.linear(x, *weight), reference.linear(x, weight), magnitude)
+
+
+def test_flags_are_not_made_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="capture: call one before"):
+        _flags_of_streams.__wrapped__(torch.device("cuda", 0), 0)
 
 
 @given(
