@@ -7,8 +7,8 @@ sums are left in memory for the program whose steps begin that tile, which takes
 Results therefore never depend on timing. Nobody waits for a program of a higher index, which may not run yet.
 
 Each consumer leaves its sums to the same consumer of the other program, and a flag tells of them. It is zero before a
-launch and after it. Neither reads its thread's number nor votes in a warp: ptxas would no longer keep the loop over K's
-addresses in registers of the whole warp, and the loop would take up to 1.45 times as long.
+launch and after it. Neither reads its thread's number nor votes in a warp: with that, ptxas no longer kept addresses in
+the loop over K in registers of the whole warp, and the loop took up to 1.45 times as long.
 """
 
 from triton.experimental import gluon
@@ -79,15 +79,21 @@ def announce(flags, SIDE: gl.constexpr, ACROSS: gl.constexpr):
 
 
 @gluon.jit
-def take(acc, parts, flags, tile, waves, steps, total, SIDE: gl.constexpr, ACROSS: gl.constexpr, ACC: gl.constexpr):
-    """Adds the sums that others have left of a tile that this program began: those whose steps begin before its end.
+def helpers(tile, waves, steps, total):
+    """(first, end) of the ranks that leave sums of a tile which this program began: their steps begin before its end.
 
-    Nobody else's do so in a tile that is taken whole.
+    None do in a tile that is taken whole.
     """
     programs = gl.num_programs(0)
-    rank = programs - 1 - gl.program_id(0)
     tile_end = (tile - waves * programs + 1) * steps
-    for other in range(rank + 1, gl.cdiv(tile_end * programs, total)):
+    return programs - gl.program_id(0), gl.cdiv(tile_end * programs, total)
+
+
+@gluon.jit
+def take(acc, parts, flags, tile, waves, steps, total, SIDE: gl.constexpr, ACROSS: gl.constexpr, ACC: gl.constexpr):
+    """Adds the sums that others have left of a tile that this program began."""
+    first, end = helpers(tile, waves, steps, total)
+    for other in range(first, end):
         place = other * ACROSS + SIDE
         flag = flags + place * FLAG
         gl.inline_asm_elementwise(_AWAIT, "=r,l", [flag.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1)

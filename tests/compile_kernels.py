@@ -72,6 +72,7 @@ def reports(launch: Launch) -> list[dict]:
             shared=kernel.metadata.shared,
             tensor_memory=kernel.metadata.tmem_size,
             **_resources(kernel.asm["cubin"]),
+            fetched_addresses=_fetched_addresses(kernel.asm["cubin"]),
         )
         for kernel in compiled(launch.run)
     ]
@@ -89,14 +90,32 @@ def _tile(kernel) -> str:
 
 
 def _resources(binary: bytes) -> dict[str, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = _read(binary, "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", text)
     assert found, text
     return dict(zip(("registers", "stack", "local"), map(int, found.groups()), strict=True))
+
+
+def _fetched_addresses(binary: bytes) -> int:
+    """Instructions in the loops over K with a wgmma that move an address from threads to where wgmma wants it."""
+    code = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", _read(binary, "-sass"))]
+    loops = {}
+    for end, instruction in code:
+        jump = re.match(r"@!?U?P\d BRA.* 0x([0-9a-f]+)", instruction)
+        if jump and (begin := int(jump[1], 16)) <= end:
+            body = " ".join(what for at, what in code if begin <= at <= end)
+            if "HGMMA" in body:
+                loops[begin, end] = body.count("R2UR")
+    return sum(count for a, count in loops.items() if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops))
+
+
+def _read(binary: bytes, option: str) -> str:
+    """What cuobjdump says of a binary."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":
