@@ -237,8 +237,8 @@ def _store(acc, out, row, token, M, N):
 @gluon.jit(do_not_specialize=["M", "waves"])
 def hopper_kernel(weight, x, scale, bias, out, parts, flags, M, N, K, waves, config: gl.constexpr):
     """Grid: at most one program a multiprocessor. `weight` and `x` are TMA descriptors; `out` is [M, N], or [M, N / 2]
-    for SwiGLU. Where programs share tiles, fp32 `parts` hold the sums of a tile for each, zero int32 `flags` one for
-    each warp that has sums, and each program takes `waves` whole tiles."""
+    for SwiGLU. Where programs share tiles, fp32 `parts` have room for the sums of one tile of each, zero int32 `flags`
+    one for each consumer that has sums, and each program takes `waves` whole tiles."""
     ACROSS: gl.constexpr = config.across
     DEEP: gl.constexpr = config.deep
     ROWS: gl.constexpr = config.rows

@@ -29,6 +29,10 @@ class HopperTile:
         """Weight rows per program."""
         return self.across * CONSUMER_ROWS
 
+    def count(self, m: int, n: int) -> int:
+        """Tiles that a product of m tokens and n weight rows has."""
+        return -(-m // self.block_m) * -(-n // self.rows)
+
     @property
     def stages(self) -> int:
         """Slices of K in flight, as many as shared memory holds."""
@@ -99,7 +103,7 @@ def hopper_schedule(tile: HopperTile, m: int, n: int, k: int, processors: int) -
     Shared are the last one to two tiles a program. Where there are fewer tiles than programs, each is cut into equal
     parts if that occupies nearly all multiprocessors.
     """
-    tiles = -(-m // tile.block_m) * -(-n // tile.rows)
+    tiles = tile.count(m, n)
     if not tile.shared:
         return Schedule(min(processors, tiles), 0)
     if tiles >= processors:
@@ -116,7 +120,7 @@ def hopper_us(tile: HopperTile, m: int, n: int, k: int, processors: int) -> floa
     """
     cost = _HOPPER[replace(tile, shared=False)]
     programs, waves = hopper_schedule(tile, m, n, k, processors)
-    tiles = -(-m // tile.block_m) * -(-n // tile.rows)
+    tiles = tile.count(m, n)
     sharing = 0.0
     if tile.shared:
         uneven = programs % tiles != 0

@@ -33,7 +33,10 @@ _AWAIT = gl.constexpr(
 
 @gluon.jit
 def share(tiles, waves, steps):
-    """(first, end, of all) K steps of this program, counted from the first tile that is not taken whole."""
+    """(first, end, of all) K steps of this program, counted from the first tile that is not taken whole.
+
+    Its rank among the shares is its index from behind.
+    """
     programs = gl.num_programs(0)
     total = (tiles - waves * programs) * steps
     rank = programs - 1 - gl.program_id(0)
@@ -66,16 +69,14 @@ def turn_steps(turn, waves, steps, begin, end, SHARED: gl.constexpr):
 @gluon.jit
 def leave(acc, parts, SIDE: gl.constexpr, ACROSS: gl.constexpr, ACC: gl.constexpr):
     """Leaves sums of a tile that another program began."""
-    place = (gl.num_programs(0) - 1 - gl.program_id(0)) * ACROSS + SIDE
-    gl.store(parts + place * (acc.shape[0] * acc.shape[1]) + _as_in_registers(acc, ACC), acc)
+    gl.store(_sums(parts, _own_place(SIDE, ACROSS), acc, ACC), acc)
 
 
 @gluon.jit
 def announce(flags, SIDE: gl.constexpr, ACROSS: gl.constexpr):
     """Says that they are there. Late, when no store is under way any more for which all would wait here."""
-    place = (gl.num_programs(0) - 1 - gl.program_id(0)) * ACROSS + SIDE
     _barrier()
-    gl.atomic_xchg(flags + place * FLAG, 1, sem="release", scope="gpu")
+    gl.atomic_xchg(flags + _own_place(SIDE, ACROSS) * FLAG, 1, sem="release", scope="gpu")
 
 
 @gluon.jit
@@ -97,15 +98,22 @@ def take(acc, parts, flags, tile, waves, steps, total, SIDE: gl.constexpr, ACROS
         place = other * ACROSS + SIDE
         flag = flags + place * FLAG
         gl.inline_asm_elementwise(_AWAIT, "=r,l", [flag.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1)
-        _barrier()
+        _barrier()  # all have seen it
         gl.store(flag, 0)
-        acc += gl.load(parts + place * (acc.shape[0] * acc.shape[1]) + _as_in_registers(acc, ACC), cache_modifier=".cg")
+        acc += gl.load(_sums(parts, place, acc, ACC), cache_modifier=".cg")
     return acc
 
 
 @gluon.jit
-def _as_in_registers(acc, ACC: gl.constexpr):
-    """Offsets of a consumer's sums such that what a warp writes at once lies together."""
+def _own_place(SIDE: gl.constexpr, ACROSS: gl.constexpr):
+    """Of this consumer's sums and flag among those of all."""
+    return (gl.num_programs(0) - 1 - gl.program_id(0)) * ACROSS + SIDE
+
+
+@gluon.jit
+def _sums(parts, place, acc, ACC: gl.constexpr):
+    """Pointers to the sums of a place, such that what a warp writes at once lies together."""
     rows = gl.arange(0, acc.shape[0], gl.SliceLayout(1, ACC))[:, None]
     tokens = gl.arange(0, acc.shape[1], gl.SliceLayout(0, ACC))[None, :]
-    return rows // 16 * (16 * acc.shape[1]) + tokens // 8 * 128 + rows % 16 * 8 + tokens % 8
+    within = rows // 16 * (16 * acc.shape[1]) + tokens // 8 * 128 + rows % 16 * 8 + tokens % 8
+    return parts + place * (acc.shape[0] * acc.shape[1]) + within
