@@ -1,12 +1,10 @@
 """Launches each kernel once on a small case with awkward sizes, for compute-sanitizer (`make sanitize`)."""
 
-from dataclasses import replace
-
 import torch
 
 from rowint8.kernels import ops
 from rowint8.kernels.hopper_product import hopper_product
-from rowint8.kernels.hopper_tiles import HOPPER_TILES
+from rowint8.kernels.hopper_tiles import hopper_candidates
 from rowint8.kernels.quantize import quantize_rowwise
 from rowint8.kernels.tiles import hopper_processors
 
@@ -24,10 +22,10 @@ for m in (1, 5, 70, 300):
     ops.linear(tokens(m), *weight, bias)
     ops.swiglu(tokens(m), *weight)
 if hopper_processors(torch.device("cuda")):
-    for tile in HOPPER_TILES:
-        print(tile, flush=True)
-        hopper_product(tokens(tile.block_m + 3), *weight, None, tile, fused=True)
-        hopper_product(tokens(tile.block_m + 3), *weight, bias, replace(tile, shared=True))
+    for op in ("linear", "swiglu"):
+        for tile in hopper_candidates(op, 1):
+            print(op, tile, flush=True)
+            hopper_product(tokens(tile.block_m + 3), *weight, None, tile, fused=op == "swiglu")
 for m in (3, 600):
     print("add_rms_norm", m, flush=True)
     ops.add_rms_norm(tokens(m), tokens(m), torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16), 1e-5)
