@@ -71,8 +71,7 @@ def reports(launch: Launch) -> list[dict]:
             tile=_tile(kernel),
             shared=kernel.metadata.shared,
             tensor_memory=kernel.metadata.tmem_size,
-            **_resources(kernel.asm["cubin"]),
-            fetched_addresses=_fetched_addresses(kernel.asm["cubin"]),
+            **_found_in(kernel.asm["cubin"]),
         )
         for kernel in compiled(launch.run)
     ]
@@ -89,16 +88,22 @@ def _tile(kernel) -> str:
     return f"{sizes} w{kernel.metadata.num_warps} s{kernel.metadata.num_stages}"
 
 
-def _resources(binary: bytes) -> dict[str, int]:
-    text = _read(binary, "-res-usage")
+def _found_in(binary: bytes) -> dict[str, int]:
+    """What cuobjdump says of a binary."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", text)
     assert found, text
-    return dict(zip(("registers", "stack", "local"), map(int, found.groups()), strict=True))
+    resources = dict(zip(("registers", "stack", "local"), map(int, found.groups()), strict=True))
+    return resources | _loops_over_k(text)
 
 
-def _fetched_addresses(binary: bytes) -> int:
-    """Instructions in the loops over K with a wgmma that move an address from threads to where wgmma wants it."""
-    code = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", _read(binary, "-sass"))]
+def _loops_over_k(text: str) -> dict[str, int]:
+    """Loops with a wgmma, and instructions in them that move an address from threads to where wgmma wants it."""
+    code = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", text)]
     loops = {}
     for end, instruction in code:
         jump = re.match(r"@!?U?P\d BRA.* 0x([0-9a-f]+)", instruction)
@@ -106,16 +111,8 @@ def _fetched_addresses(binary: bytes) -> int:
             body = " ".join(what for at, what in code if begin <= at <= end)
             if "HGMMA" in body:
                 loops[begin, end] = body.count("R2UR")
-    return sum(count for a, count in loops.items() if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops))
-
-
-def _read(binary: bytes, option: str) -> str:
-    """What cuobjdump says of a binary."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, option, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    inner = [count for a, count in loops.items() if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    return dict(loops_over_k=len(inner), fetched_addresses=sum(inner))
 
 
 if __name__ == "__main__":

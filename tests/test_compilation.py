@@ -67,7 +67,14 @@ def test_loops_over_k_have_their_addresses_at_hand(reports):
     multiplying = [report for report in reports if report["kernel"] == "hopper_kernel"]
     assert len(multiplying) > 20
     for report in multiplying:
+        assert report["loops_over_k"] == consumers(report["tile"]), report
         assert report["fetched_addresses"] == 0, report
+
+
+def consumers(tile: str) -> int:
+    """Of a Hopper tile such as 128x2*64x2*64: across times deep."""
+    _, rows, k = tile.split("x")
+    return int(rows.split("*")[0]) * int(k.split("*")[0])
 
 
 def test_the_launches_take_every_shipped_tile():

@@ -23,20 +23,20 @@ needs_hopper = pytest.mark.skipif(
     not (torch.cuda.is_available() and hopper_processors(torch.device("cuda"))), reason="needs a Hopper GPU"
 )
 SHARED_MEMORY = 232_448
-TILE_AND_DTYPE = pytest.mark.parametrize(
-    ("tile", "dtype"), [*((tile, torch.bfloat16) for tile in HOPPER_TILES), (HOPPER_TILES[2], torch.float16)], ids=str
-)
 SHAPES = [(16, 16), (336, 1040), (1296, 4112)]
+
+
+def each_tile(op: str):
+    """The tiles of an operator in bf16, one of them in fp16, too."""
+    tiles = hopper_candidates(op, 1)
+    in_fp16 = [tile for tile in tiles if replace(tile, shared=False) == HOPPER_TILES[2]]
+    both = [*((tile, torch.bfloat16) for tile in tiles), *((tile, torch.float16) for tile in in_fp16)]
+    return pytest.mark.parametrize(("tile", "dtype"), both, ids=str)
 
 
 @pytest.mark.gpu
 @needs_hopper
-@pytest.mark.parametrize(
-    ("tile", "dtype"),
-    [(tile, torch.bfloat16) for tile in hopper_candidates("linear", 1)]
-    + [(replace(HOPPER_TILES[2], shared=shared), torch.float16) for shared in (False, True)],
-    ids=str,
-)
+@each_tile("linear")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_linear(assert_matches, tile, shape, dtype):
     for m in (1, tile.block_m, 2 * tile.block_m + 3):
@@ -83,7 +83,7 @@ def test_streams_have_flags_of_their_own():
 
 @pytest.mark.gpu
 @needs_hopper
-@TILE_AND_DTYPE
+@each_tile("swiglu")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_swiglu(assert_matches, tile, shape, dtype):
     for m in (1, tile.block_m, 2 * tile.block_m + 3):
