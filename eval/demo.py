@@ -16,9 +16,9 @@ from rich.table import Table
 
 from rowint8.baseline_engine.metrics import speedup
 from rowint8.eval.console import compact_table
+from rowint8.eval.engines.server import vllm_server
 from rowint8.eval.processes import console_script, run_quietly
-from rowint8.eval.schema import GIB, GenerationRow
-from rowint8.eval.serve import vllm_server
+from rowint8.eval.results.schema import GIB, GenerationRow
 
 PROMPT = "Explain in a few sentences why the sky is blue."
 MAX_TOKENS = 32

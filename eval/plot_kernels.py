@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rowint8.eval.bench_table import limit_us
 from rowint8.eval.errors import EvalError
-from rowint8.eval.result_files import Results
-from rowint8.eval.schema import Ceilings, KernelRow
+from rowint8.eval.kernels.table import limit_us
+from rowint8.eval.results.files import Results
+from rowint8.eval.results.schema import Ceilings, KernelRow
 
 _COLUMNS = 3
 _SIZE = 4.2

@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from rowint8.kernels.widening import FOUR_TO_BF16, FOUR_TO_FP16
+from rowint8.kernels.int8_convert import FOUR_TO_BF16, FOUR_TO_FP16
 
 ROWS = gl.constexpr(16)
 """Weight rows of a program: the height of the multiplication."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rowint8.kernels.few_tokens import ROWS, few_tokens_kernel
 from rowint8.kernels.launch import blocks, dependent_launch, launch, traits
-from rowint8.kernels.tiles import FewTokensTile
+from rowint8.kernels.tiles.pick import FewTokensTile
 
 _REGISTERS = 168
 """A limit that is never reached. Without one, ptxas saves registers by asking for a block of the weight piece by piece,

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from rowint8.kernels.hopper_tiles import HopperTile
-from rowint8.kernels.tiles import FewTokensTile, hopper_processors, pick_few_tokens_tile, pick_hopper_tile
+from rowint8.kernels.tiles.hopper_cost import HopperTile
+from rowint8.kernels.tiles.pick import FewTokensTile, hopper_processors, pick_few_tokens_tile, pick_hopper_tile
 
 _ALIGNMENT = 16
 
@@ -40,6 +40,6 @@ def gluon_product(
         from rowint8.kernels.few_tokens_product import few_tokens_product
 
         return few_tokens_product(tokens, values, scale, bias, tile, fused)
-    from rowint8.kernels.hopper_product import hopper_product
+    from rowint8.kernels.hopper.launch import hopper_product
 
     return hopper_product(tokens, values, scale, bias, tile, fused)

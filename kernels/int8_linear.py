@@ -8,7 +8,7 @@ from torch import Tensor
 from rowint8.kernels.gluon_products import gluon_product, gluon_tile
 from rowint8.kernels.launch import blocks, grid_position, launch, product_constants, traits
 from rowint8.kernels.products import dot_product, overlap_previous, vector_product
-from rowint8.kernels.tiles import pick_tile, shared_memory_limit
+from rowint8.kernels.tiles.pick import pick_tile, shared_memory_limit
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from rowint8.kernels.tiles import TileConfig
+from rowint8.kernels.tiles.pick import TileConfig
 
 _TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 

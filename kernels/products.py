@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from rowint8.kernels.widening import FOUR_TO_FP16, FOUR_TO_FP32
+from rowint8.kernels.int8_convert import FOUR_TO_FP16, FOUR_TO_FP32
 
 _RUN = tl.constexpr(8)
 """Neighbours in K of a 16-byte load of 16-bit activations."""

@@ -23,8 +23,8 @@ from rowint8.kernels.add_rms_norm import add_rms_norm
 from rowint8.kernels.gluon_products import gluon_tile
 from rowint8.kernels.int8_linear import int8_linear
 from rowint8.kernels.int8_swiglu import int8_swiglu
-from rowint8.kernels.tiles import pick_tile, shared_memory_limit
-from rowint8.kernels.tuned import Tile, tuned_tokens
+from rowint8.kernels.tiles.pick import pick_tile, shared_memory_limit
+from rowint8.kernels.tiles.user import Tile, tuned_tokens
 
 _THREADS = 8
 _BLOCK_M = 16

@@ -3,10 +3,10 @@
 import torch
 
 from rowint8.kernels import ops
-from rowint8.kernels.hopper_product import hopper_product
-from rowint8.kernels.hopper_tiles import hopper_candidates
+from rowint8.kernels.hopper.launch import hopper_product
 from rowint8.kernels.quantize import quantize_rowwise
-from rowint8.kernels.tiles import hopper_processors
+from rowint8.kernels.tiles.hopper_cost import hopper_candidates
+from rowint8.kernels.tiles.pick import hopper_processors
 
 HIDDEN = 1040
 weight = quantize_rowwise(torch.randn(336, HIDDEN, device="cuda"))

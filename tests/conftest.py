@@ -16,12 +16,20 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a background job of a s
 REPO = Path(__file__).resolve().parents[1]
 
 
-SLOW = ("test_vllm_", "test_compilation", "test_agreement", "test_bench_vllm", "test_engine", "test_notebook")
-"""Files that take a minute or more. They come first, so that no process is left alone with one at the end."""
+SLOW = (
+    "vllm_plugin/",
+    "kernels/test_compilation",
+    "eval/quality/test_agreement",
+    "eval/engines/test_vllm",
+    "baseline_engine/test_engine",
+    "test_notebook",
+)
+"""Files, below tests/, that take a minute or more. They come first: no process is left alone with one at the end."""
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: not item.path.name.startswith(SLOW))
+    tests = REPO / "tests"
+    items.sort(key=lambda item: not item.path.relative_to(tests).as_posix().startswith(SLOW))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU")
@@ -83,7 +91,7 @@ def poison_empty(monkeypatch):
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
     """A process that runs real vLLM engines."""
-    from tests.vllm_harness import Driver
+    from tests.vllm_plugin.harness import Driver
 
     driver = Driver(tmp_path_factory.mktemp("driver") / "log")
     yield driver
@@ -93,7 +101,7 @@ def driver(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
     """Folder of a random model that vLLM loads in no time."""
-    from tests.vllm_harness import make_tiny
+    from tests.vllm_plugin.harness import make_tiny
 
     return make_tiny(tmp_path_factory.mktemp("tiny") / "llama")
 

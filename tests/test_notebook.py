@@ -9,8 +9,8 @@ from nbclient import NotebookClient
 from pydantic import TypeAdapter
 
 from rowint8.eval.markdown import TBD
-from rowint8.eval.result_files import Results, read_results
-from rowint8.eval.schema import FidelityRow, GenerationRow, QualityRow
+from rowint8.eval.results.files import Results, read_results
+from rowint8.eval.results.schema import FidelityRow, GenerationRow, QualityRow
 
 NOTEBOOK = Path(__file__).parent.parent / "docs" / "capstone.ipynb"
 LAST_CELL = "import json; print(json.dumps([quantized.nbytes, gate.nbytes, float(steps.max()), relative_error]))"

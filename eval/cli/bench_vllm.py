@@ -1,0 +1,118 @@
+"""The commands `rowint8 bench vllm` and `rowint8 bench serve`."""
+
+import time
+from typing import Annotated, Optional
+
+import typer
+
+from rowint8.eval.cli.options import Config, Layers, Model
+from rowint8.eval.cli.output import Append, Json, Kept, say, warn_if_busy
+from rowint8.eval.errors import EvalError
+
+TensorParallelSize = Annotated[int, typer.Option(min=1, help="GPUs that a model is split over.")]
+Eager = Annotated[bool, typer.Option("--enforce-eager", help="No compilation, no CUDA graphs: a quick trial.")]
+
+
+def bench_vllm(
+    setups: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Comma-separated: bf16, rowint8, rowint8-no-norm, rowint8-unfused, rowint8-lm-head, fp8, w8a16, "
+            "humming. Default: all."
+        ),
+    ] = None,
+    model: Model = None,
+    config: Config = None,
+    layers: Layers = None,
+    tensor_parallel_size: TensorParallelSize = 1,
+    workloads: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Comma-separated BATCHxPROMPTxOUTPUT. "
+            "Default: 1x128x128,8x128x128,32x128x128,128x128x128,8x1024x1,1x2048x1."
+        ),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured runs of a workload; medians count.")] = 3,
+    enforce_eager: Eager = False,
+    json_file: Json = None,
+    append: Append = False,
+) -> None:
+    """Time whole vLLM engines, offline: rowint8 beside bf16, fp8 and other 8-bit weights, each in a process of its own.
+
+    Example: rowint8 bench vllm --setups bf16,rowint8,fp8 --json vllm.json
+    """
+    from rowint8.eval.engines import vllm as job
+    from rowint8.eval.engines.setups import SETUPS, choose_setups, model_folder
+    from rowint8.eval.results.schema import VllmRow
+
+    names = _installed(choose_setups(setups))
+    sizes = job.parse_workloads(workloads or job.DEFAULT_WORKLOADS)
+    warn_if_busy()
+    kept = Kept(json_file, VllmRow, append)
+    with model_folder(model, config, layers) as (folder, loading):
+        llm = {**loading, **job.llm_arguments(folder, sizes, tensor_parallel_size, enforce_eager)}
+
+        def run(name: str) -> list[VllmRow]:
+            start = time.monotonic()
+            rows = job.setup_rows(name, sizes, job.run_setup(SETUPS[name], llm, sizes, repeats), tensor_parallel_size)
+            say(job.summary(rows, time.monotonic() - start))
+            return rows
+
+        failed = kept.measure(names, run)
+    kept.finish(failed, job.speed_table, job.setup_table)
+
+
+def bench_serve(
+    setups: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Comma-separated: bf16, rowint8, rowint8-no-norm, rowint8-unfused, rowint8-lm-head, fp8, w8a16. "
+            "Default: bf16,rowint8,fp8."
+        ),
+    ] = None,
+    model: Model = None,
+    config: Config = None,
+    layers: Layers = None,
+    tensor_parallel_size: TensorParallelSize = 1,
+    rates: Annotated[str, typer.Option(help="Requests per second, comma-separated.")] = "4,8,16",
+    seconds: Annotated[float, typer.Option(min=0, help="How long to send at each rate.")] = 20.0,
+    prompt_tokens: Annotated[int, typer.Option(min=2, help="Of each request.")] = 512,
+    output_tokens: Annotated[int, typer.Option(min=2, help="Of each request.")] = 128,
+    goodput: Annotated[str, typer.Option(help="Limits in ms: ttft, tpot, e2el.")] = "ttft:200,tpot:50",
+    enforce_eager: Eager = False,
+    json_file: Json = None,
+    append: Append = False,
+) -> None:
+    """Measure `vllm serve` under load with vLLM's own client, one server a setup.
+
+    Example: rowint8 bench serve --rates 8,32 --goodput ttft:200,tpot:20 --json serve.json
+    """
+    from rowint8.eval.engines import serve as job
+    from rowint8.eval.engines.setups import choose_setups, model_folder
+    from rowint8.eval.results.schema import ServeRow
+
+    names = choose_setups(setups or job.DEFAULT_SETUPS, job.SERVED)
+    sent_at = job.parse_rates(rates)
+    load = job.Load(prompt_tokens, output_tokens, seconds, job.parse_goodput(goodput))
+    warn_if_busy()
+    kept = Kept(json_file, ServeRow, append)
+    with model_folder(model, config, layers) as (folder, loading):
+        if model is None:
+            job.write_tokenizer(folder)
+        arguments = {**loading, **job.server_arguments(load, tensor_parallel_size, enforce_eager)}
+        failed = kept.measure(names, lambda name: job.run_setup(name, folder, arguments, sent_at, load))
+    kept.finish(failed, job.serve_table)
+
+
+def _installed(names: list[str]) -> list[str]:
+    """The setups that can run here; says which cannot."""
+    from rowint8.eval.engines.setups import SETUPS
+    from rowint8.eval.processes import require_package
+
+    require_package("vllm", "run `pip install 'rowint8[vllm]'`")
+    absent = [name for name in names if not SETUPS[name].installed]
+    for name in absent:
+        say(f"without {name}: the package {SETUPS[name].package} is not installed")
+    if len(absent) == len(names):
+        raise EvalError("no setup of --setups can run here")
+    return [name for name in names if name not in absent]

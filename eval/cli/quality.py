@@ -1,0 +1,144 @@
+"""`rowint8 quality`, `fidelity` and `agreement`: what INT8 weights change, in answers, distributions and tokens."""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from rowint8.eval.cli.output import Json, Kept, err, out, write
+from rowint8.eval.demo_model import DEFAULT_FOLDER
+from rowint8.eval.errors import EvalError
+
+Dtype = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Of the arithmetic: bfloat16, float16 or float32. Default: bfloat16 on a GPU, else float32."),
+]
+
+
+def quality(
+    model: Annotated[Path, typer.Option(help="A model folder.")] = DEFAULT_FOLDER,
+    backends: Annotated[
+        str, typer.Option(help="What runs the model, with commas between; the others are compared with the first.")
+    ] = "transformers,baseline,baseline-rowint8,vllm,vllm-rowint8",
+    tasks: Annotated[
+        str, typer.Option(help="lm-eval's names, with commas between. rowint8_basics, of this project, needs no data.")
+    ] = "rowint8_basics",
+    data: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A folder with the tasks' test sets as JSON lines. Without it they come from the hub."),
+    ] = None,
+    limit: Annotated[Optional[int], typer.Option(min=2, help="Only this many questions of each task.")] = None,  # noqa: UP045
+    max_length: Annotated[int, typer.Option(min=16, help="Tokens the model sees at a time.")] = 1024,
+    dtype: Dtype = None,
+    json_file: Json = None,
+    lm_eval_output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Keep lm-eval's own JSON and samples in this folder, one subfolder a backend."),
+    ] = None,
+) -> None:
+    """Compare INT8 with unquantized weights, and this project's engine with others, on tasks of lm-eval.
+
+    Example: rowint8 quality --model models/smollm2-135m-instruct --json quality.json
+
+    Example: rowint8 quality --backends vllm,vllm-rowint8 --tasks lambada_openai,piqa,wikitext --data DIR
+    """
+    from rowint8.eval.quality import suite as job
+    from rowint8.eval.quality.tasks import resolve
+    from rowint8.eval.results.schema import QualityRow
+
+    folder, number_format = existing_model(model), arithmetic(dtype)
+    chosen = job.choose(backends)
+    with err.status("looking up the tasks"):
+        found = resolve([name.strip() for name in tasks.split(",")], data)
+    kept, base = Kept(json_file, QualityRow, False), None
+    for number, (name, backend) in enumerate(chosen.items(), 1):
+        output = lm_eval_output / name if lm_eval_output else None
+        with err.status(f"lm-eval on {name} ({number} of {len(chosen)})"):
+            run = job.run_backend(
+                backend, folder, found, number_format, job.context_of(folder, max_length), limit, output
+            )
+        out.print(f"{name}\n{run['table']}", markup=False, highlight=False, soft_wrap=True)
+        kept.add(job.quality_rows(backend, number_format, run, base))
+        base = base or run
+    for table in job.quality_tables(kept.rows):
+        out.print(table)
+    kept.close()
+
+
+def fidelity(
+    text: Annotated[Path, typer.Option(help="A text file, or .jsonl with the fields page or text.")],
+    model: Annotated[Path, typer.Option(help="Folder of the unquantized model.")] = DEFAULT_FOLDER,
+    quantization: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="rowint8, rowint8+lm_head, bf16, int8-group32 or fp8-row. Repeat for more. Default: all."),
+    ] = None,
+    checkpoint: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(help="Also a checkpoint of `rowint8 quantize` made from the model. Repeat for more."),
+    ] = None,
+    ablate: Annotated[bool, typer.Option("--ablate", help="Also rowint8 in one kind of layer at a time.")] = False,
+    window: Annotated[int, typer.Option(min=2, help="Tokens the model sees at a time.")] = 1024,
+    windows: Annotated[int, typer.Option(min=1, help="Windows taken from the start of the text.")] = 10,
+    json_file: Json = None,
+) -> None:
+    """Measure how far rounded weights move the model: KL, same likeliest token and perplexity on a text.
+
+    Example: rowint8 fidelity --text book.txt --quantization rowint8 --quantization fp8-row --json fidelity.json
+    """
+    from rowint8.eval.console import progress
+    from rowint8.eval.quality import fidelity as job
+    from rowint8.eval.quality import fidelity_setups
+    from rowint8.eval.quantize.checkpoint import open_source
+
+    source = open_source(existing_model(model))
+    names = quantization or fidelity_setups.QUANTIZATIONS
+    if unknown := [name for name in names if name not in fidelity_setups.QUANTIZATIONS]:
+        accepted = ", ".join(fidelity_setups.QUANTIZATIONS)
+        raise EvalError(f"--quantization has {', '.join(unknown)}; accepted are {accepted}")
+    setups = [fidelity_setups.rounded_setup(source, name) for name in names]
+    setups += [fidelity_setups.stored_setup(folder) for folder in checkpoint or ()]
+    setups += fidelity_setups.ablation_setups(source) if ablate else []
+    tokens = job.token_windows(model, job.read_text(text), window, windows)
+    with progress(err, "weights", len(setups) + 1) as advance:
+        measured = job.Fidelity(model, fidelity_setups.original(source), tokens)
+        advance()
+        rows = list(job.measure(measured, setups, text.name, advance))
+    out.print(job.fidelity_table(rows))
+    write(json_file, rows)
+
+
+def agreement(
+    model: Annotated[Path, typer.Option(help="A model folder.")] = DEFAULT_FOLDER,
+    dtype: Dtype = None,
+    tensor_parallel_size: Annotated[
+        int, typer.Option(min=1, help="Ranks of vLLM. With several its tokens are compared with those of vLLM on one.")
+    ] = 1,
+    json_file: Json = None,
+) -> None:
+    """Compare the greedy tokens of the small engine and of vLLM, both with rowint8, on ten fixed prompts.
+
+    Example: rowint8 agreement --json agreement.json
+    """
+    from rowint8.eval.quality import agreement as job
+
+    folder = existing_model(model)
+    with err.status("both engines, ten prompts"):
+        rows = job.compare(folder, arithmetic(dtype), tensor_parallel_size)
+    out.print(job.agreement_table(rows))
+    write(json_file, rows)
+
+
+def arithmetic(dtype: str | None) -> str:
+    """The dtype asked for, or this machine's default; raises EvalError where there is no such dtype."""
+    from rowint8.eval.quality.suite import default_dtype
+
+    if dtype not in (None, "bfloat16", "float16", "float32"):
+        raise EvalError(f"--dtype is {dtype}; accepted are bfloat16, float16 and float32")
+    return dtype or default_dtype()
+
+
+def existing_model(folder: Path) -> Path:
+    """The folder; raises EvalError where it holds no model."""
+    if not (folder / "config.json").is_file():
+        raise EvalError(f"{folder} is not a model folder (no config.json); `rowint8 demo-model` makes one")
+    return folder

@@ -1,0 +1,216 @@
+"""Latency of `vllm serve` under load, one server a setup, measured by vLLM's own client `vllm bench serve`.
+
+Requests arrive at random (Poisson) at a given mean rate; each has the same number of random prompt tokens and as many
+output tokens as asked for. A model of dummy weights gets a tokenizer whose words are its token ids, so that the text
+which the client sends has exactly as many tokens as it should.
+"""
+
+import json
+import math
+import shlex
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from rowint8.eval.console import compact_table
+from rowint8.eval.engines.server import vllm_server
+from rowint8.eval.engines.setups import SETUPS
+from rowint8.eval.errors import EvalError
+from rowint8.eval.kernels.shapes import is_count
+from rowint8.eval.processes import console_script, run_quietly, vllm_environment
+from rowint8.eval.results.schema import ServeRow
+
+SERVED = {name: setup for name, setup in SETUPS.items() if not setup.env}
+"""The setups that need nothing but flags."""
+DEFAULT_SETUPS = "bf16,rowint8,fp8"
+NUM_WARMUPS = 8
+"""Requests before each run that do not count."""
+LIMITS = ("ttft", "tpot", "e2el")
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the client sends."""
+
+    prompt_tokens: int
+    output_tokens: int
+    seconds: float
+    """Of sending, for each rate."""
+    goodput: Mapping[str, float]
+    """Limits in ms that a request must meet to count, by the names in LIMITS."""
+
+
+def parse_rates(text: str) -> list[float]:
+    """Reads "4,8,16": requests per second.
+
+    Raises:
+        EvalError: it is something else.
+    """
+    try:
+        rates = [float(part) for part in text.split(",")]
+    except ValueError:
+        rates = []
+    if not rates or not all(0 < rate < math.inf for rate in rates):
+        raise EvalError(f"--rates is {text}; accepted are positive numbers of requests per second, such as 4,8,16")
+    return rates
+
+
+def parse_goodput(text: str) -> dict[str, float]:
+    """Reads "ttft:200,tpot:50": limits in ms.
+
+    Raises:
+        EvalError: it is something else.
+    """
+    pairs = [part.split(":") for part in text.split(",")]
+    if not all(len(pair) == 2 and pair[0] in LIMITS and is_count(pair[1]) for pair in pairs):
+        raise EvalError(f"--goodput is {text}; accepted are NAME:MS of {', '.join(LIMITS)}, such as ttft:200,tpot:50")
+    return {name: float(limit) for name, limit in pairs}
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Writes a tokenizer whose words are token ids in six digits, for the vocabulary of the config.json in `folder`.
+
+    Nothing stands between words: vLLM refuses a text longer than its tokens can be at the length of the longest word.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    words = Tokenizer(models.WordLevel({f"{token:06}": token for token in range(vocab_size)}, unk_token="000000"))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex(".{6}"), "isolated")  # type: ignore[assignment]
+    words.decoder = decoders.Fuse()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+
+
+def server_arguments(load: Load, tensor_parallel_size: int, eager: bool) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` that all setups share; CUDA graphs and batch limits are vLLM's own."""
+    return {
+        "dtype": "bfloat16",
+        "max_model_len": load.prompt_tokens + load.output_tokens,
+        "tensor_parallel_size": tensor_parallel_size,
+        "enforce_eager": eager,
+    }
+
+
+def server_flags(arguments: Mapping[str, Any]) -> list[str]:
+    """Flags of `vllm serve` that mean what arguments of `vllm.LLM` do."""
+    flags = ["--no-enable-prefix-caching"]
+    for name, value in arguments.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            flags += [flag] if value else []
+        else:
+            flags += [flag, value if isinstance(value, str) else json.dumps(value)]
+    return flags
+
+
+def run_setup(
+    name: str, model: Path, arguments: Mapping[str, Any], rates: Sequence[float], load: Load
+) -> Iterator[ServeRow]:
+    """Starts a server, sends the load at each rate, stops the server.
+
+    Args:
+        name: one of SERVED.
+        arguments: of `vllm.LLM`, shared by all setups.
+
+    Raises:
+        EvalError: the server or a request failed.
+    """
+    flags = server_flags({**arguments, **SERVED[name].llm})
+    with vllm_server(model, flags, arguments["tensor_parallel_size"]) as base_url:
+        for rate in rates:
+            yield send(name, model, base_url, rate, load)
+
+
+def send(name: str, model: Path, base_url: str, rate: float, load: Load) -> ServeRow:
+    """One run of the client against a running server.
+
+    Raises:
+        EvalError: it failed, or a request did.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        flags = _client_flags(rate, load)
+        place = ["--model", str(model), "--base-url", base_url.removesuffix("/v1")]
+        save = ["--save-result", "--save-detailed", "--result-dir", scratch, "--result-filename", "result.json"]
+        run_quietly([console_script("vllm"), "bench", "serve", *place, *flags, *save], vllm_environment())
+        result = json.loads((Path(scratch) / "result.json").read_text())
+    return row_of(name, rate, load, result, shlex.join(["vllm", "bench", "serve", *flags]))
+
+
+def _client_flags(rate: float, load: Load) -> list[str]:
+    num_prompts = max(2, round(rate * load.seconds))
+    flags = ["--backend", "openai", "--dataset-name", "random", "--ignore-eos", "--temperature", "0", "--disable-tqdm"]
+    flags += ["--random-input-len", str(load.prompt_tokens), "--random-output-len", str(load.output_tokens)]
+    flags += ["--request-rate", f"{rate:g}", "--num-prompts", str(num_prompts), "--seed", "0"]
+    flags += ["--num-warmups", str(NUM_WARMUPS)]
+    flags += ["--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,99"]
+    return [*flags, "--goodput", *(f"{name}:{limit:g}" for name, limit in load.goodput.items())]
+
+
+def row_of(name: str, rate: float, load: Load, result: Mapping[str, Any], command: str) -> ServeRow:
+    """The row of one result file of `vllm bench serve`.
+
+    Raises:
+        EvalError: requests failed or stopped early.
+    """
+    failed = result["num_prompts"] - result["completed"]
+    if failed or result["total_output_tokens"] != result["completed"] * load.output_tokens:
+        raise EvalError(
+            f"{name} at {rate:g} requests/s: {failed} of {result['num_prompts']} requests failed, "
+            f"{result['total_output_tokens']} output tokens came{_first_error(result)}"
+        )
+    percentiles = {
+        f"{metric}_ms": {p: result[f"{p}_{metric}_ms"] for p in ("p50", "p99")} for metric in ("ttft", "tpot", "itl")
+    }
+    return ServeRow(
+        engine="vllm",
+        setup=name,
+        request_rate=rate,
+        requests=result["completed"],
+        prompt_tokens=load.prompt_tokens,
+        output_tokens=load.output_tokens,
+        tok_s=result["output_throughput"],
+        goodput=result["request_goodput"],
+        goodput_limits_ms=dict(load.goodput),
+        command=command,
+        **percentiles,
+    )
+
+
+def _first_error(result: Mapping[str, Any]) -> str:
+    errors = (error.strip() for error in result.get("errors", ()))
+    return next((f"; the first said: {error.splitlines()[-1]}" for error in errors if error), "")
+
+
+def serve_table(rows: Sequence[ServeRow]) -> Table:
+    """One line a rate and setup, the setups of a rate together."""
+    first = rows[0]
+    limits = ", ".join(f"{name} <= {limit:g} ms" for name, limit in first.goodput_limits_ms.items())
+    table = compact_table(
+        title=f"vllm serve: {first.prompt_tokens} prompt tokens, {first.output_tokens} output tokens; ms",
+        caption=f"good/s: requests per second with {limits}",
+    )
+    table.add_column("req/s", justify="right")
+    table.add_column("setup")
+    for metric in ("TTFT", "TPOT", "ITL"):
+        for percentile in ("p50", "p99"):
+            table.add_column(f"{metric} {percentile}", justify="right")
+    for heading in ("tok/s", "good/s"):
+        table.add_column(heading, justify="right")
+    for rate in dict.fromkeys(row.request_rate for row in rows):
+        alike = [row for row in rows if row.request_rate == rate]
+        for row in alike:
+            times = [times[p] for times in (row.ttft_ms, row.tpot_ms, row.itl_ms) for p in ("p50", "p99")]
+            cells = [
+                f"{rate:g}",
+                row.setup,
+                *(f"{time:.1f}" for time in times),
+                f"{row.tok_s:.0f}",
+                f"{row.goodput:.2f}",
+            ]
+            table.add_row(*cells, end_section=row is alike[-1])
+    return table

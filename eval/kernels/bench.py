@@ -1,0 +1,240 @@
+"""Kernel times on a CUDA GPU: the operators of this project beside cuBLAS, other INT8 kernels and torch.compile.
+
+The calls of a product rotate over copies of the weight that together exceed the L2 cache several times, as the layers
+of a model do. `add_rms_norm` finds the same activations in L2 on every call, as between the layers of a model, where
+they are few enough. `rowint8.eval.kernels.timing` says how a call is timed.
+
+`host_us` is the host's time for a call of ours or of cuBLAS, which only queues work: what a step costs at least where
+no CUDA graph replays it, as with long prompts.
+
+What an entry of a row's `us` is:
+
+    rowint8, cublas_bf16 (cublas_fp16)  this project's operator; the dense weight in the activations' dtype
+    marlin, machete, gemlite, humming   other W8A16 kernels, in `linear` rows
+    unfused, cublas_...                 in `swiglu` rows: the product, then torch's SiLU and product, two kernels
+    ..._vllm                            in `swiglu` rows: a product, then vLLM's `silu_and_mul`; unfused_vllm is ours
+    eager, compiled...                  the operator in plain torch (`bench_candidates`), as it is or by torch.compile
+    vllm                                in `add_rms_norm` rows: vLLM's `fused_add_rms_norm`
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as dense_linear
+
+from rowint8.eval.kernels import peers as kernel_peers
+from rowint8.eval.kernels import plain as plain
+from rowint8.eval.kernels.budget import Budget
+from rowint8.eval.kernels.gemlite_peer import compile_ahead
+from rowint8.eval.kernels.inductor import MODES, compile_logged
+from rowint8.eval.kernels.peers import Product
+from rowint8.eval.kernels.shapes import Op, Shape
+from rowint8.eval.kernels.timing import Call, graph_us, rotated_copies
+from rowint8.eval.results.schema import Compilation, KernelRow
+from rowint8.kernels import ops
+from rowint8.kernels.quantize import quantize_rowwise
+
+READY_S: dict[str, float] = {
+    "marlin": 60,
+    "machete": 30,
+    "gemlite": 110,
+    "humming": 400,
+    "vllm": 40,
+    "compiled": 60,
+    "compiled_max_autotune": 100,
+}
+"""Seconds each may spend in a run on packing weights, compiling and tuning; see `Budget`."""
+
+_CUBLAS = {torch.bfloat16: "cublas_bf16", torch.float16: "cublas_fp16"}
+_NORM_CALLS = 20
+_HOST_CALLS = 64
+"""Few enough for the GPU's queue, so that none waits for room in it."""
+_AGREE = 0.02
+
+Candidates = dict[str, list[Call]]
+"""Name to the calls that are timed one after the other: one per copy of the weight."""
+
+
+class KernelBench:
+    """Times the operators over shapes and numbers of tokens.
+
+    Args:
+        dtype: of the activations, bf16 or fp16.
+        announce: is told who is left out and why, and how long the others took to get ready.
+        peers: names in `kernel_peers.PEERS`; with any, also vLLM's small kernels.
+        compiled: names in `bench_compile.MODES` that the products are compiled by; with any, also eager mode.
+        ready_s, device, timer: for tests.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        announce: Callable[[str], None],
+        peers: Sequence[str] = (),
+        compiled: Sequence[str] = (),
+        ready_s: Mapping[str, float] = READY_S,
+        device: str = "cuda",
+        timer: Callable[[Sequence[Call]], tuple[float, float]] = graph_us,
+    ) -> None:
+        self._dtype, self._device, self._timer = dtype, device, timer
+        self._announce = announce
+        self._peers, self._compiled = peers, compiled
+        self._budget = Budget(ready_s, announce)
+        self._on_host = "rowint8", _CUBLAS[dtype]
+        self._vllm = False
+
+    def rows(self, shapes: Sequence[Shape], tokens: Sequence[int]) -> Iterator[KernelRow]:
+        """A row for every operator of every shape and number of tokens, as soon as it is measured."""
+        products = [shape for shape in shapes if "linear" in shape.ops]
+        self._vllm = bool(self._peers and self._budget.run("vllm", kernel_peers.load_vllm))
+        if "gemlite" in self._peers and products:
+            sizes, seconds = [shape[1:3] for shape in products], self._budget.left_s("gemlite") / 2
+            self._budget.run("gemlite", partial(compile_ahead, sizes, tokens, self._dtype, seconds))
+        for shape in shapes:
+            yield from (self._product_rows if shape in products else self._norm_rows)(shape, tokens)
+
+    def _product_rows(self, shape: Shape, tokens: Sequence[int]) -> Iterator[KernelRow]:
+        dense = [self._random(shape.n, shape.k) * shape.k**-0.5 for _ in range(rotated_copies(shape.n, shape.k))]
+        int8 = [quantize_rowwise(weight) for weight in dense]
+        made = {name: self._made(name, shape, int8) for name in self._peers}
+        for m in tokens:
+            x = self._random(m, shape.k)
+            reference = ops.linear(x, *int8[0])
+            calls = {name: [partial(product, x) for product in products] for name, products in made.items()}
+            peers = {name: calls[name] for name in calls if self._is_ready(name, calls[name], reference)}
+            candidates: Candidates = {
+                "rowint8": [partial(ops.linear, x, *w) for w in int8],
+                _CUBLAS[self._dtype]: [partial(dense_linear, x, w) for w in dense],
+            }
+            by_torch, facts = self._by_torch(plain.linear, [(x, *w) for w in int8], reference, self._compiled)
+            yield self._row("linear", shape, m, candidates | peers | by_torch, facts)
+            if "swiglu" in shape.ops:
+                candidates = self._swiglu_candidates(x, dense, int8, peers)
+                reference = ops.swiglu(x, *int8[0])
+                by_torch, facts = self._by_torch(plain.swiglu, [(x, *w) for w in int8], reference, self._compiled)
+                yield self._row("swiglu", shape, m, candidates | by_torch, facts)
+
+    def _made(self, name: str, shape: Shape, int8: Sequence) -> list[Product]:
+        make = kernel_peers.PEERS[name]
+        start = time.perf_counter()
+        made = self._budget.run(name, lambda: self._finished([make(w, self._dtype) for w in int8]))
+        if made:
+            seconds = time.perf_counter() - start
+            self._announce(f"{name}: packed {len(made)} copies of {shape.name} in {seconds:.1f} s")
+        return made or []
+
+    def _swiglu_candidates(self, x: Tensor, dense: list[Tensor], int8: list, peers: Candidates) -> Candidates:
+        unfused = {
+            "unfused": [partial(ops.linear, x, *w) for w in int8],
+            _CUBLAS[self._dtype]: [partial(dense_linear, x, w) for w in dense],
+        }
+        candidates: Candidates = {"rowint8": [partial(ops.swiglu, x, *w) for w in int8]}
+        candidates |= _followed_by(plain.silu_and_mul, unfused)
+        if self._vllm:
+            by_vllm = _followed_by(kernel_peers.silu_and_mul, unfused | peers)
+            candidates |= {f"{name}_vllm": calls for name, calls in by_vllm.items()}
+        return candidates
+
+    def _norm_rows(self, shape: Shape, tokens: Sequence[int]) -> Iterator[KernelRow]:
+        for m in tokens:
+            x, residual = self._random(m, shape.n), self._random(m, shape.n)
+            weight = self._random(shape.n)
+            candidates: Candidates = {
+                "rowint8": [partial(ops.add_rms_norm, x, residual, weight, plain.EPS)] * _NORM_CALLS
+            }
+            reference = ops.add_rms_norm(x, residual, weight, plain.EPS)
+            if self._vllm:
+                in_place = partial(kernel_peers.add_rms_norm, x.clone(), residual.clone(), weight, plain.EPS)
+                if self._is_ready("vllm", [in_place], reference):
+                    candidates["vllm"] = [in_place] * _NORM_CALLS
+            arguments = [(x, residual, weight)] * _NORM_CALLS
+            by_torch, facts = self._by_torch(plain.add_rms_norm, arguments, reference, ["compiled"])
+            yield self._row("add_rms_norm", shape, m, candidates | by_torch, facts)
+
+    def _by_torch(
+        self, expression: Callable, arguments: Sequence[tuple], reference: Any, modes: Sequence[str]
+    ) -> tuple[Candidates, dict[str, Compilation]]:
+        """`expression` in eager mode and compiled, called with each of `arguments`; nothing without modes."""
+
+        def compiled(mode: str) -> tuple[Callable, Compilation | None]:
+            function, out, fact = compile_logged(expression, arguments[0], MODES[mode])
+            check_agrees(self._finished(out), reference)
+            return function, fact
+
+        if not modes:
+            return {}, {}
+        torch._dynamo.reset()  # every size is compiled anew, and there is a limit on how many one function may have
+        functions, facts = {"eager": expression}, {}
+        for mode in modes:
+            if made := self._budget.run(mode, partial(compiled, mode)):
+                functions[mode] = made[0]
+                facts |= {mode: made[1]} if made[1] else {}
+        return {name: [partial(call, *given) for given in arguments] for name, call in functions.items()}, facts
+
+    def _row(self, op: Op, shape: Shape, m: int, candidates: Candidates, facts: dict[str, Compilation]) -> KernelRow:
+        timed = {name: self._time(name, calls) for name, calls in candidates.items()}
+        measured = {name: times for name, times in timed.items() if times}
+        return KernelRow(
+            op=op,
+            shape=shape.name,
+            dtype="bfloat16" if self._dtype == torch.bfloat16 else "float16",
+            M=m,
+            N=shape.n,
+            K=shape.k,
+            us={name: median for name, (median, _) in measured.items()},
+            spread={name: spread for name, (_, spread) in measured.items()},
+            host_us={name: self._host_us(candidates[name]) for name in measured if name in self._on_host},
+            compiler=facts or None,
+        )
+
+    def _time(self, name: str, calls: list[Call]) -> tuple[float, float] | None:
+        """(median, spread) in microseconds; None where others cannot be captured or run out of memory."""
+        work = partial(self._timer, calls)
+        return self._budget.attempt(name, work) if name in self._budget else work()
+
+    def _host_us(self, calls: list[Call]) -> float:
+        self._finished(None)
+        start = time.perf_counter()
+        for call in islice(cycle(calls), _HOST_CALLS):
+            call()
+        us = (time.perf_counter() - start) / _HOST_CALLS * 1e6
+        self._finished(None)
+        return us
+
+    def _is_ready(self, name: str, calls: list[Call], reference: Any) -> bool:
+        """Whether the first call, which may tune itself, ends within the budget and computes what it should."""
+        return bool(calls) and bool(self._budget.run(name, lambda: check_agrees(self._finished(calls[0]()), reference)))
+
+    def _finished(self, result: Any) -> Any:
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    def _random(self, *size: int) -> Tensor:
+        return torch.randn(*size, device=self._device, dtype=self._dtype)
+
+
+def check_agrees(out: Any, reference: Any) -> bool:
+    """True.
+
+    Raises:
+        ValueError: the first results differ by more than the rounding of a 16-bit intermediate explains.
+    """
+    first, expected = (each[0] if isinstance(each, tuple) else each for each in (out, reference))
+    error = float((first.float() - expected.float()).norm() / expected.float().norm())
+    if not error < _AGREE:
+        raise ValueError(f"it computes something else: relative difference {error:.3f}")
+    return True
+
+
+def _followed_by(activation: Callable[[Tensor], Tensor], products: Candidates) -> Candidates:
+    return {name: [partial(_chain, call, activation) for call in calls] for name, calls in products.items()}
+
+
+def _chain(call: Call, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    return activation(call())

@@ -1,0 +1,201 @@
+"""The fastest tile for each operator, weight and number of tokens on this card: `rowint8 tune`.
+
+Candidates are compiled ahead in several processes, which leaves them in Triton's cache, then timed one by one as
+`bench_kernels` times: in CUDA graphs, over copies of the weight that exceed the L2 cache. What seems fastest is timed
+once more beside the shipped tile, which stays unless it is beaten by more than noise. `kernels/tuned.py` describes the
+file of the outcome.
+"""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError, as_completed
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from rowint8.eval.console import compact_table
+from rowint8.eval.errors import EvalError
+from rowint8.eval.kernels.bench import check_agrees
+from rowint8.eval.kernels.shapes import Shape
+from rowint8.eval.kernels.timing import Call, graph_us, rotated_copies
+from rowint8.eval.kernels.tune_candidates import candidates
+from rowint8.eval.results.schema import KernelRow
+from rowint8.kernels import ops
+from rowint8.kernels.quantize import Int8Weight
+from rowint8.kernels.tiles.pick import hopper_processors, shared_memory_limit
+from rowint8.kernels.tiles.user import Tile, use_tiles
+from rowint8.kernels.warmup import chosen_tile
+
+NOISE = 0.02
+"""A tile must be faster than the shipped one by this part of its time."""
+_FINALISTS = 3
+_PROCESSES = 8
+_DTYPE = torch.bfloat16
+_OPS: dict[str, Callable[..., Tensor]] = {"linear": ops.linear, "swiglu": ops.swiglu}
+
+
+Timer = Callable[[Sequence[Call]], tuple[float, float]]
+"""(median, spread) of one of the calls, in microseconds."""
+
+
+class Job(NamedTuple):
+    """What one tile is chosen for."""
+
+    op: Any
+    shape: Shape
+    m: int
+    tiles: list[Tile]
+
+
+class Choice(NamedTuple):
+    row: KernelRow
+    """Times of the "shipped" and the "tuned" tile, which may be the same."""
+    tile: Tile
+    failed: int
+    """Candidates that did not compile, or computed something else."""
+
+
+def make_jobs(shapes: Sequence[Shape], tokens: Sequence[int], device: torch.device) -> list[Job]:
+    """A job for each product and number of tokens, by shape."""
+    limit, on_hopper = shared_memory_limit(device), hopper_processors(device) > 0
+    return [
+        Job(op, shape, m, candidates(op, m, limit, on_hopper))
+        for shape in shapes
+        for op in shape.ops
+        if op in _OPS
+        for m in sorted(tokens)
+    ]
+
+
+def compilations(jobs: Sequence[Job]) -> list[tuple[Job, Tile]]:
+    """Each kernel once, with a job that can use it: most do not depend on the shape."""
+    by_kernel = {}
+    for job in jobs:
+        n, k = job.shape.n, job.shape.k
+        for tile in job.tiles:
+            by_kernel.setdefault((job.op, tile, n % 16, k % 16, k % tile.block_k == 0), (job, tile))
+    return list(by_kernel.values())
+
+
+def compile_ahead(wanted: Sequence[tuple[Job, Tile]], seconds: float, advance: Callable[[], None]) -> None:
+    """Fills Triton's cache on disk, for at most `seconds`; what fails or is left will show when it is timed."""
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(_PROCESSES, os.cpu_count() or 1), context)
+    futures: list[Future] = [pool.submit(_compile, *job[:3], tile) for job, tile in wanted]
+    try:
+        for _ in as_completed(futures, timeout=seconds):
+            advance()
+    except TimeoutError:
+        pass
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _compile(op: str, shape: Shape, m: int, tile: Tile) -> None:
+    use_tiles(op, shape.n, shape.k, {m: tile})
+    values = torch.empty(shape.n, shape.k, dtype=torch.int8, device="cuda")
+    _OPS[op](torch.empty(m, shape.k, dtype=_DTYPE, device="cuda"), values, values.new_empty(shape.n).half())
+
+
+def choose_tiles(
+    jobs: Sequence[Job], seconds: float, device: torch.device, timer: Timer = graph_us
+) -> Iterator[Choice]:
+    """A choice for each job, in order, as soon as it is made; no job is begun when `seconds` are over."""
+    end = time.monotonic() + seconds
+    for job in jobs:
+        if time.monotonic() > end:
+            return
+        yield _choose(job, device, timer)
+
+
+def _choose(job: Job, device: torch.device, timer: Timer) -> Choice:
+    (_, n, k, _), m = job.shape, job.m
+    weights = _weights(n, k, device)
+    x = torch.randn(m, k, device=device).to(_DTYPE)
+    use_tiles(job.op, n, k, {})
+    shipped = chosen_tile(job.op, x, weights[0].values)
+    calls = [partial(_OPS[job.op], x, *weight) for weight in weights]
+    timed = partial(_timed, job, calls, calls[0](), timer)
+    first = {tile: timed(tile) for tile in dict.fromkeys([shipped, *job.tiles])}
+    ranked = sorted((us, index, tile) for index, (tile, us) in enumerate(first.items()) if us)
+    final = {tile: timed(tile) for tile in dict.fromkeys([shipped, *(tile for *_, tile in ranked[:_FINALISTS])])}
+    again = {tile: us for tile, us in final.items() if us}
+    if shipped not in again:
+        raise EvalError(f"the shipped {shipped} does not run on this card ({job.op} {n}x{k} with {m} tokens)")
+    best = min(again, key=lambda tile: again[tile])
+    tile = best if again[best][0] < (1 - NOISE) * again[shipped][0] else shipped
+    failed = sum(us is None for us in first.values())
+    return Choice(_row(job, {"shipped": again[shipped], "tuned": again[tile]}), tile, failed)
+
+
+def _timed(job: Job, calls: Sequence[Call], reference: Tensor, timer: Timer, tile: Tile) -> tuple[float, float] | None:
+    """Median and spread of the calls with a tile; None where it does not run, or computes something else."""
+    shape = job.op, job.shape.n, job.shape.k
+    use_tiles(*shape, {job.m: tile})
+    try:
+        check_agrees(calls[0](), reference)
+        return timer(calls)
+    except Exception:  # whatever a compiler or a driver says of a candidate, others remain
+        return None
+    finally:
+        use_tiles(*shape, {})
+
+
+def _row(job: Job, timed: dict[str, tuple[float, float]]) -> KernelRow:
+    us = {which: median for which, (median, _) in timed.items()}
+    spread = {which: spread for which, (_, spread) in timed.items()}
+    return KernelRow(op=job.op, shape=job.shape.name, M=job.m, N=job.shape.n, K=job.shape.k, us=us, spread=spread)
+
+
+@lru_cache(maxsize=1)
+def _weights(n: int, k: int, device: torch.device) -> list[Int8Weight]:
+    """Random weights that together exceed the L2 cache several times."""
+    copies = rotated_copies(n, k)
+    values = [torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device) for _ in range(copies)]
+    return [Int8Weight(each, torch.rand(n, device=device).half() / 128) for each in values]
+
+
+def tune_table(choices: Sequence[Choice], card: str) -> Table:
+    """A line a choice."""
+    failed = sum(choice.failed for choice in choices)
+    table = compact_table(f"microseconds a call on {card}", f"{failed} candidates did not run")
+    for heading in ("op", "shape"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("M", "shipped", "tuned", "gain"):
+        table.add_column(heading, justify="right")
+    for row in (choice.row for choice in choices):
+        shipped, tuned = row.us["shipped"], row.us["tuned"]
+        table.add_row(row.op, row.shape, str(row.M), f"{shipped:.1f}", f"{tuned:.1f}", f"{1 - tuned / shipped:.0%}")
+    return table
+
+
+def model_shapes(folder: Path) -> list[Shape]:
+    """The products of a dense decoder on one GPU, from the config.json in its folder.
+
+    Raises:
+        EvalError: there is none, or it lacks the sizes.
+    """
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise EvalError(f"{folder} is not a model folder (no config.json)")
+    try:
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+        hidden, heads, intermediate = config.hidden_size, config.num_attention_heads, config.intermediate_size
+    except (OSError, ValueError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise EvalError(f"{folder} has no config.json of a dense decoder: {reason}") from None
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    qkv = (heads + 2 * getattr(config, "num_key_value_heads", heads)) * head_dim
+    return [
+        Shape("qkv", qkv, hidden),
+        Shape("o", hidden, heads * head_dim),
+        Shape("gate_up", 2 * intermediate, hidden, ("linear", "swiglu")),
+        Shape("down", hidden, intermediate),
+    ]

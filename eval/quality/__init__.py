@@ -1,0 +1,1 @@
+"""What INT8 weights change in a model's answers: `rowint8 quality`, `fidelity`, `agreement`."""

@@ -1,0 +1,196 @@
+"""How far quantized weights move a model: the next-token distributions of the same text, against the original's.
+
+All arithmetic is fp32 on the CPU, so that nothing but the weights differs. One model is in memory; a setup's weights
+are put into it. Of the original, its last hidden states are kept (fp32, hidden_size numbers a token), from which its
+logits are computed again a few tokens at a time: no array of tokens x vocabulary ever exists.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import linear
+
+from rowint8.eval.console import compact_table
+from rowint8.eval.errors import EvalError
+from rowint8.eval.quality.fidelity_setups import Setup, Weights
+from rowint8.eval.results.schema import FidelityRow
+
+CHUNK = 128
+"""Tokens whose logits are in memory at a time."""
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What one setup did at each predicted token, fp64 or bool [tokens]."""
+
+    kl: Tensor
+    """KL divergence of the setup from the original, nats: sum over tokens of p (log p - log q)."""
+    nll: Tensor
+    """Negative log-likelihood of the text's token, nats."""
+    reference_nll: Tensor
+    same_top1: Tensor
+    """Whether both find the same token likeliest."""
+
+
+def read_text(path: Path) -> str:
+    """A text file as it is; of a .jsonl file the fields `page` or `text` of all lines, joined.
+
+    Raises:
+        EvalError: it cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix != ".jsonl":
+            return text
+        rows = [json.loads(line) for line in text.splitlines() if line]
+        return "".join(row["page"] if "page" in row else row["text"] for row in rows)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or f"needs JSON objects with page or text ({error})"
+        raise EvalError(f"cannot read {path}: {reason}") from None
+
+
+def token_windows(folder: Path, text: str, window: int, limit: int) -> Tensor:
+    """The first `limit` windows of the text, int64 [n, window], without special tokens and without overlap.
+
+    Raises:
+        EvalError: the text is shorter than one window.
+    """
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False, verbose=False).input_ids
+    count = min(limit, len(ids) // window)
+    if count == 0:
+        raise EvalError(f"the text has {len(ids)} tokens, less than one window of {window}; give a longer one")
+    return torch.tensor(ids[: count * window]).view(count, window)
+
+
+class Fidelity:
+    """One model in fp32, the text, and what the original weights make of it."""
+
+    def __init__(self, folder: Path, reference: Weights, windows: Tensor):
+        """Loads the model and runs the original weights once.
+
+        Raises:
+            EvalError: the logits of this architecture are not a plain product with the output layer.
+        """
+        from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.windows = windows
+        self._apply(reference)
+        self._check_head()
+        self.reference_head = self._head().clone()
+        self.reference_hidden = list(self._hidden())
+
+    @torch.inference_mode()
+    def score(self, setup: Setup) -> TokenScores:
+        """Runs the text through the setup's weights and compares token by token."""
+        self._apply(setup.weights)
+        parts = []
+        for tokens, reference, hidden in zip(self.windows, self.reference_hidden, self._hidden(), strict=True):
+            for start in range(0, len(tokens) - 1, CHUNK):
+                rows = slice(start, min(start + CHUNK, len(tokens) - 1))
+                targets = tokens[1:][rows]
+                logp = linear(reference[rows], self.reference_head).log_softmax(-1)
+                logq = linear(hidden[rows], self._head()).log_softmax(-1)
+                parts.append(_compare(logp, logq, targets))
+        return TokenScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    @torch.inference_mode()
+    def _apply(self, weights: Weights) -> None:
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for name, tensor in weights():
+            if name in parameters:
+                parameters[name].copy_(tensor)
+
+    @torch.inference_mode()
+    def _hidden(self) -> Iterator[Tensor]:
+        """What the output layer sees, [window, hidden_size] for each window."""
+        for tokens in self.windows:
+            yield self.model.base_model(tokens[None], use_cache=False).last_hidden_state[0]
+
+    def _head(self) -> Tensor:
+        return self.model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]
+
+    @torch.inference_mode()
+    def _check_head(self) -> None:
+        tokens = self.windows[:1, :8]
+        product = linear(self.model.base_model(tokens).last_hidden_state, self._head())
+        if not torch.allclose(product, self.model(tokens).logits, rtol=1e-4, atol=1e-4):
+            raise EvalError("this architecture changes its logits after the output layer, which is not supported here")
+
+
+def _compare(logp: Tensor, logq: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of TokenScores from log-probabilities [tokens, vocabulary] of the original (p) and the setup (q)."""
+    kl = (logp.exp() * (logp - logq)).sum(-1).double()
+    nll, reference_nll = (-part.gather(1, targets[:, None])[:, 0].double() for part in (logq, logp))
+    return kl, nll, reference_nll, logp.argmax(-1) == logq.argmax(-1)
+
+
+def measure(
+    model: Fidelity, setups: Sequence[Setup], text: str, advance: Callable[[], None] = lambda: None
+) -> Iterator[FidelityRow]:
+    """The row of the unquantized model, then one for each setup; `advance` is called after each."""
+    for index, setup in enumerate(setups):
+        scores = model.score(setup)
+        if index == 0:
+            yield reference_row(scores, text, model.windows.shape[1])
+        yield fidelity_row(setup.name, scores, text, model.windows.shape[1])
+        advance()
+
+
+def reference_row(scores: TokenScores, text: str, window: int) -> FidelityRow:
+    """The original's own perplexity; its distance from itself is 0."""
+    zeros = torch.zeros_like(scores.kl)
+    same = torch.ones_like(scores.same_top1)
+    itself = TokenScores(zeros, scores.reference_nll, scores.reference_nll, same)
+    return fidelity_row("unquantized", itself, text, window)
+
+
+def fidelity_row(setup: str, scores: TokenScores, text: str, window: int) -> FidelityRow:
+    """Sums up one setup. Standard errors take tokens as independent."""
+    difference = scores.nll - scores.reference_nll
+    return FidelityRow(
+        setup=setup,
+        text=text,
+        window=window,
+        dtype="float32",
+        tokens=len(difference),
+        perplexity=math.exp(scores.nll.mean()),
+        nll_difference=float(difference.mean()),
+        nll_difference_stderr=float(difference.std() / len(difference) ** 0.5),
+        kl_mean=max(0.0, float(scores.kl.mean())),
+        kl_median=max(0.0, float(scores.kl.median())),
+        kl_p99=max(0.0, float(scores.kl.quantile(0.99))),
+        kl_max=max(0.0, float(scores.kl.max())),
+        same_top1=float(scores.same_top1.double().mean()),
+    )
+
+
+def fidelity_table(rows: Sequence[FidelityRow]) -> Table:
+    """One line a setup."""
+    first = rows[0]
+    table = compact_table(
+        f"{first.text}: {first.tokens} tokens in windows of {first.window}, arithmetic in {first.dtype}",
+        "KL from the unquantized model, nats; d(nll): paired, ± standard error; same top: likeliest token is the same",
+    )
+    table.add_column("weights")
+    for heading in ("ppl", "d(nll)", "KL mean", "median", "p99", "max", "same top"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row.setup,
+            f"{row.perplexity:.3f}",
+            f"{row.nll_difference:+.4f} ± {row.nll_difference_stderr:.4f}",
+            *(f"{kl:.2e}" for kl in (row.kl_mean, row.kl_median, row.kl_p99, row.kl_max)),
+            f"{row.same_top1:.2%}",
+        )
+    return table

@@ -1,0 +1,1 @@
+"""Checkpoints with INT8 weights: `rowint8 quantize`."""

@@ -1,0 +1,1 @@
+"""results/*.json as Markdown: `rowint8 report`. Measures nothing."""

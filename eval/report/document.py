@@ -1,0 +1,274 @@
+"""results/*.json as Markdown: REPORT.md, and the generated parts of other documents. Measures nothing.
+
+What is not measured is printed as TBD. The kind of a file's rows is told by their keys, so new files of a known kind
+need no change here.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from rowint8.eval.errors import EvalError
+from rowint8.eval.markdown import TBD, fill, folded, number, table
+from rowint8.eval.plots import pictures
+from rowint8.eval.quality.agreement import compared
+from rowint8.eval.report.checks import check_all, read_ceilings
+from rowint8.eval.report.engine import engine_table
+from rowint8.eval.report.kernels import compiler_table, kernel_section, limits, short_table, tallies
+from rowint8.eval.report.memory import embedding_bytes, memory_section
+from rowint8.eval.report.profile import parts_table, profile_section
+from rowint8.eval.report.quality import fidelity_line, fidelity_table, quality_summary, quality_table
+from rowint8.eval.report.vllm import vllm_table
+from rowint8.eval.results import schema
+from rowint8.eval.results.files import Results, read_results
+from rowint8.eval.results.schema import (
+    GIB,
+    AgreementRow,
+    EngineRow,
+    FidelityRow,
+    GenerationRow,
+    KernelRow,
+    Measured,
+    ProfileRow,
+    QualityRow,
+    ServeRow,
+)
+
+Found = Mapping[str, Results]
+"""Result files by their names without ".json"."""
+
+_SPREADS = {"ttft_ms": "TTFT", "tok_s": "tok/s"}
+_LLAMA_FILES = ("engine-h200", "vllm-h200", "engine-h100", "vllm-h100")
+"""Of Llama-3.1-8B's shape."""
+_DOCUMENTS = ("README.md", "POSTMORTEM.md", "docs/engine.md", "docs/vllm.md")
+_KINDS: list[Any] = [kind for name, kind in vars(schema).items() if name.endswith("Row") and is_dataclass(kind)]
+OURS = ("baseline bf16", "baseline int8", "baseline int8-fused")
+_PRODUCTION = ("vllm bf16", "vllm rowint8")
+_CAPSTONE = {
+    "engine-h100": OURS + _PRODUCTION,
+    "engine-cpu": OURS,
+    "vllm-h100": _PRODUCTION,
+    "demo-h100": OURS,
+    "demo-cpu": OURS,
+}
+"""File to the setups that it should have."""
+
+
+def read_folder(folder: Path) -> dict[str, Results]:
+    """Every result file of a folder, checked.
+
+    Raises:
+        EvalError: there is none, or one is not of the form in `schema` or holds what cannot be.
+    """
+    found = {path.stem: read_results(path, _kind(path)) for path in sorted(folder.glob("*.json"))}
+    if not found:
+        raise EvalError(f"{folder} has no result files; `rowint8 demo --json {folder}/demo.json` makes one")
+    check_all(found)
+    return found
+
+
+def _kind(path: Path) -> type:
+    """The row type whose fields are nearest to the keys of the file's first row."""
+    try:
+        keys = set(json.loads(path.read_bytes())["rows"][0])
+    except (OSError, ValueError, LookupError, TypeError):
+        keys = set()  # reading it as whatever kind says what is wrong
+    return min(_KINDS, key=lambda kind: len({field.name for field in fields(kind)} ^ keys))
+
+
+def documents(folder: Path, found: Found) -> dict[Path, str]:
+    """What REPORT.md and the documents with generated parts should be; those beside the folder, where they exist."""
+    beside = [folder.parent / name for name in _DOCUMENTS]
+    filled = {
+        path: fill(path.read_text(encoding="utf-8"), parts(found), path.name) for path in beside if path.is_file()
+    }
+    return {folder / "REPORT.md": report(found), **filled}
+
+
+def parts(found: Found) -> dict[str, str]:
+    """The generated parts of other documents by the names in their markers."""
+    kernels = found.get("kernels-h200")
+    return {
+        "kernels": f"{short_table(kernels)}\n{tallies(_of_kind(found, KernelRow))}",
+        "quality": quality_summary(found.get("quality-smollm2")),
+        "quality-h100": quality_summary(found.get("quality-h100")),
+        "agreement": _agreement(found),
+        "limits": limits(kernels),
+        "compiler": compiler_table(found.get("kernels-compile-h100")),
+        "gaps": _gaps(found),
+        "vllm": vllm_table(found.get("vllm-h200")),
+        "vllm-h100": vllm_table(found.get("vllm-h100")),
+        "vllm-tp2": "\n".join(vllm_table(found.get(f"vllm-{cards}")) for cards in ("h100x2", "h200x2")),
+        "fidelity": fidelity_line(found.get("fidelity-smollm2")),
+        "profile": parts_table(profile.rows) if (profile := found.get("profile-h100")) else TBD,
+        "engine": engine_table(found.get("engine-h200")),
+        "engine-cpu": engine_table(found.get("engine-cpu")),
+    }
+
+
+def report(found: Found) -> str:
+    """REPORT.md."""
+    kernels = _of_kind(found, KernelRow)
+    sections = {
+        "Whole engines": _engines(found),
+        "Prompt processing and token generation": _pp_tg(found),
+        "Serving under load": _serving(found),
+        "Where a decode step's time goes": _chapters(found, ProfileRow, _profile, "profile-h100"),
+        "Kernels": "\n".join([tallies(kernels), _chapters(found, KernelRow, kernel_section, "kernels-h100")]),
+        "Memory": memory_section(read_ceilings(found)),
+        "Quality": _quality(found),
+        "Agreement of the two engines": _agreement(found),
+        "Plots": "\n".join(f"![{name}]({name})" for name in pictures(found)) or TBD,
+        "Reproduction": _reproduction(found),
+    }
+    head = "# Report\n\nWritten by `rowint8 report` from the files in this folder; do not edit. TBD: not measured yet. "
+    head += "What the columns mean is defined in [metrics.py](../baseline_engine/metrics.py).\n"
+    return head + "".join(f"\n## {title}\n\n{text.strip()}\n" for title, text in sections.items())
+
+
+def _of_kind(found: Found, kind: type) -> dict[str, Results]:
+    return {stem: results for stem, results in found.items() if isinstance(results.rows[0], kind)}
+
+
+def _chapters(found: Found, kind: type, section, expected: str) -> str:
+    """A chapter for every file with such rows, and for the expected one in any case."""
+    chosen = {expected: None, **_of_kind(found, kind)}
+    return "\n".join(f"### {stem}\n\n{section(results) if results else TBD}\n" for stem, results in chosen.items())
+
+
+def _engines(found: Found) -> str:
+    files = {stem: found.get(stem) for stem in _CAPSTONE} | _of_kind(found, GenerationRow)
+    chapters = [f"### {stem}\n\n{engine_chapter(found, _CAPSTONE.get(stem, ()))}\n" for stem, found in files.items()]
+    note = "baseline: the small engine of this repository; x: tok/s over the first line's of the same batch and tokens."
+    return "\n".join([note, "", *chapters])
+
+
+def engine_chapter(results: Results[GenerationRow] | None, wanted: Sequence[str]) -> str:
+    """Where, by what, and a line a row; the wanted setups that are missing, such as OURS, are lines of TBD."""
+    rows = results.rows if results else ()
+    present = {_role(row) for row in rows}
+    tasks = list(dict.fromkeys(row.size for row in rows))
+    firsts = {row.size: row for row in reversed(rows)}
+    ordered = sorted(rows, key=lambda row: tasks.index(row.size))
+    lines = [_engine_cells(row, firsts[row.size]) for row in ordered]
+    lines += [[role, *[TBD] * 7] for role in wanted if role not in present]
+    heading = ["setup", "batch", "prompt tokens", "output tokens", "TTFT ms", "tok/s", "peak memory GiB", "notes"]
+    source = f"{results.environment.device}, `{results.command}`\n\n" if results else ""
+    return source + table(heading, lines)
+
+
+def _role(row: GenerationRow) -> str:
+    """The engine and setup without its mode, such as "baseline int8-fused"."""
+    return re.sub("-(eager|compile|graph)$", "", f"{row.engine} {row.setup}")
+
+
+def _engine_cells(row: GenerationRow, first: GenerationRow) -> list[str]:
+    counts = [str(n) for n in (row.batch, row.prompt_tokens, row.output_tokens)]
+    gaps = f"ITL {row.itl_ms:.2f} ms, TPOT {row.tpot_ms:.2f} ms, " if row.itl_ms and row.tpot_ms else ""
+    notes = f"{gaps}weights {row.weights_gib:.3f} GiB, {row.tok_s / first.tok_s:.2f}x"
+    if isinstance(row, EngineRow) and row.host_ms is not None and row.kv_waste is not None:
+        notes += f", host {row.host_ms:.2f} ms a step, KV waste {row.kv_waste:.1%}, {row.attention} attention"
+    if isinstance(row, Measured):
+        notes += "".join(
+            f", spread of {name} {row.spread[key]:.0%}" for key, name in _SPREADS.items() if key in row.spread
+        )
+    times = [number(row.ttft_ms, 1), number(row.tok_s, 1), number(row.peak_mem_gib, 3)]
+    return [f"{row.engine} {row.setup}", *counts, *times, notes]
+
+
+def _pp_tg(found: Found) -> str:
+    lines = []
+    for stem, results in _of_kind(found, GenerationRow).items():
+        for row in results.rows:
+            setup = [stem, f"{row.engine} {row.setup}", number(row.weights_gib, 3), str(row.batch)]
+            if row.output_tokens == 1 or row.batch == 1:
+                lines.append([*setup, f"pp{row.prompt_tokens}", f"{row.prompt_tokens * _prompts_s(row):.1f}"])
+            if row.tpot_ms:
+                lines.append([*setup, f"tg{row.output_tokens}", f"{row.batch * 1000 / row.tpot_ms:.1f}"])
+    note = "\npp: prompt tokens a second until the first token; tg: batch / TPOT, the prompts left out.\n"
+    return table(["file", "setup", "weights GiB", "batch", "test", "t/s"], lines or [[TBD] * 6]) + note
+
+
+def _prompts_s(row: GenerationRow) -> float:
+    return row.tok_s if row.output_tokens == 1 else 1000 / row.ttft_ms
+
+
+def _serving(found: Found) -> str:
+    heading = ["file", "requests/s", "setup", "prompt tokens", "output tokens", "TTFT p50 ms", "TTFT p99 ms"]
+    heading += ["TPOT p50 ms", "TPOT p99 ms", "tok/s", "goodput/s"]
+    lines = []
+    for stem, results in _of_kind(found, ServeRow).items():
+        for row in results.rows:
+            times = [number(time[p], 1) for time in (row.ttft_ms, row.tpot_ms) for p in ("p50", "p99")]
+            load = [
+                f"{row.request_rate:g}",
+                f"{row.engine} {row.setup}",
+                str(row.prompt_tokens),
+                str(row.output_tokens),
+            ]
+            limits = ", ".join(f"{name} <= {ms:g} ms" for name, ms in row.goodput_limits_ms.items())
+            lines.append([stem, *load, *times, number(row.tok_s, 1), f"{row.goodput:.2f} ({limits})"])
+    return table(heading, lines or [["serve-h100", *[TBD] * 10]])
+
+
+def _profile(results: Results[ProfileRow] | None) -> str:
+    return f"{results.environment.device}\n\n{profile_section(results.rows)}" if results else TBD
+
+
+def _quality(found: Found) -> str:
+    lm_eval = _chapters(found, QualityRow, quality_table, "quality-smollm2")
+    return lm_eval + "\n" + _chapters(found, FidelityRow, fidelity_table, "fidelity-smollm2")
+
+
+def _agreement(found: Found) -> str:
+    lines = []
+    for stem, results in _of_kind(found, AgreementRow).items():
+        rows: Sequence[AgreementRow] = results.rows
+        gaps = ", ".join(f"{row.logprob_gap:.3f}" for row in rows if row.logprob_gap is not None)
+        same = f"{sum(row.agreed == row.tokens for row in rows)} of {len(rows)}"
+        where = f"{results.environment.device}, {rows[0].dtype}"
+        lines.append([stem, compared(rows), where, f"{same}, {rows[0].tokens} tokens each", gaps])
+    headings = ["file", "greedy tokens, rowint8", "on", "prompts that agree", "gaps where they part, nats"]
+    return table(headings, lines) if lines else TBD
+
+
+def _gaps(found: Found) -> str:
+    """One request: time a token beside the least to read what a step reads, and beside vLLM's with the same weights."""
+    ceilings = read_ceilings(found)
+    lines = []
+    for stem in _LLAMA_FILES:
+        results = found.get(stem)
+        rows = [row for row in results.rows if row.batch == 1 and row.tpot_ms] if results else []
+        rates = ceilings.get(results.environment.device) if results else None
+        lines += [_gap_cells(stem, row, rows, rates) for row in rows] or [[stem, *[TBD] * 5]]
+    return table(["file", "setup", "TPOT ms", "reading the weights, ms", "x that", "x vLLM's"], lines)
+
+
+def _gap_cells(stem: str, row: GenerationRow, rows: Sequence[GenerationRow], read_tb_s: float | None) -> list[str]:
+    from rowint8.eval.engines.setups import SHAPES
+
+    tpot = row.tpot_ms or 0.0
+    read = row.weights_gib * GIB - embedding_bytes(SHAPES["llama-3.1-8b"])
+    least = read / read_tb_s / 1e9 if read_tb_s else None
+    peer = "vllm bf16" if "bf16" in row.setup else "vllm rowint8"
+    vllm = next((other.tpot_ms for other in rows if _role(other) == peer), None) if row.engine == "baseline" else None
+    beside = f"{tpot / vllm:.2f}" if vllm else "-"
+    times = [f"{tpot:.2f}", number(least, 2), number(tpot / least if least else None, 2), beside]
+    return [stem, f"{row.engine} {row.setup}", *times]
+
+
+def _reproduction(found: Found) -> str:
+    heading = ["file", "measured", "device", "driver", "python", "torch", "triton", "transformers", "vllm", "commit"]
+    lines, commands = [], ""
+    for stem, results in found.items():
+        env = results.environment
+        commit = (env.git_commit or "not a checkout")[:14] + (" + changes" if env.git_dirty else "")
+        versions = [env.driver, env.python, env.torch, env.triton, env.transformers, env.vllm]
+        lines.append([f"[{stem}]({stem}.json)", env.date, env.device, *(v or "none" for v in versions), commit])
+        inner = [row.command for row in results.rows if getattr(row, "command", None)]
+        commands += "\n".join([f"# {stem}.json", results.command, *(f"#   {line}" for line in inner), ""])
+    note = "A command's `--json` names the file only; lines after `#` are what it ran.\n\n"
+    return f"{table(heading, lines)}\n" + folded("Commands", f"{note}```\n{commands}```\n")

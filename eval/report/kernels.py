@@ -1,0 +1,139 @@
+"""Kernel rows as Markdown: beside the best that is not ours, cell by cell and counted."""
+
+from collections.abc import Mapping, Sequence
+
+from rowint8.eval.kernels.table import best_peer, limit_us
+from rowint8.eval.markdown import TBD, folded, number, table
+from rowint8.eval.results.files import Results
+from rowint8.eval.results.schema import Ceilings, KernelRow
+
+EVEN = 0.02
+"""Ratios this near to 1 count as even."""
+README_TOKENS = (1, 4, 16, 64, 128, 256, 512, 2048, 8192)
+_INT8 = ("marlin", "machete", "gemlite", "humming")
+
+
+def ratio(row: KernelRow) -> float | None:
+    """Our time / the best peer's: below 1 ours is faster."""
+    best = best_peer(row)
+    return row.us["rowint8"] / row.us[best] if best else None
+
+
+def short_table(results: Results[KernelRow] | None) -> str:
+    """gate_up and SwiGLU of Llama-3.1-8B, then where rowint8 is slower than the best other."""
+    rows = {(row.op, row.M): row for row in (results.rows if results else ()) if row.shape == "gate_up"}
+    heading = ["tokens", "gate_up: rowint8", "cuBLAS bf16", "best other INT8", "ratio"]
+    heading += ["SwiGLU: rowint8", "cuBLAS bf16 + SiLU", "best other INT8 + SiLU", "ratio"]
+    lines = [[str(m), *_cells(rows.get(("linear", m))), *_cells(rows.get(("swiglu", m)))] for m in README_TOKENS]
+    text = table(heading, lines)
+    return f"{conditions(results)}\n\n{text}\n{lost_cells(results.rows, ' ', '; ')}\n" if results else text
+
+
+def _cells(row: KernelRow | None) -> list[str]:
+    if row is None:
+        return [TBD] * 4
+    return [
+        number(row.us["rowint8"], 1),
+        _fastest(row, "cublas").split()[0],
+        _fastest(row, *_INT8),
+        number(ratio(row), 2),
+    ]
+
+
+def _fastest(row: KernelRow, *prefixes: str) -> str:
+    best = best_peer(row, prefixes or ("",))
+    return f"{row.us[best]:.1f} {best.removesuffix('_vllm')}" if best else TBD
+
+
+def conditions(results: Results[KernelRow]) -> str:
+    """One line on where and how the rows were measured."""
+    where = results.environment
+    dtypes = " and ".join(dict.fromkeys(row.dtype for row in results.rows))
+    line = f"{where.device}, torch {where.torch}, Triton {where.triton}, {dtypes} activations, microseconds a call"
+    if results.ceilings:
+        line += (
+            f"; ceilings of the run: {results.ceilings.read_tb_s:.2f} TB/s, {results.ceilings.bf16_tflop_s:.0f} TFLOP/s"
+        )
+    return line + "."
+
+
+def tallies(files: Mapping[str, Results[KernelRow]]) -> str:
+    """Cells (operator, shape, tokens) won and lost, a line a file."""
+    lines = []
+    for stem, results in files.items():
+        ratios = [value for row in results.rows if (value := ratio(row))]
+        faster, slower = sum(value < 1 - EVEN for value in ratios), sum(value > 1 + EVEN for value in ratios)
+        counts = map(str, (len(ratios), faster, len(ratios) - faster - slower, slower))
+        lines.append([stem, ", ".join(_others(results)), *counts])
+    heading = ["cells against the best other", "others", "cells", "faster", f"within {EVEN:.0%}", "slower"]
+    return table(heading, lines or [[TBD] * 6])
+
+
+def _others(results: Results[KernelRow]) -> list[str]:
+    names = [name.removesuffix("_vllm") for row in results.rows for name in row.us]
+    return [name for name in dict.fromkeys(names) if name not in ("rowint8", "unfused")]
+
+
+def lost_cells(rows: Sequence[KernelRow], before: str, between: str) -> str:
+    """The cells where rowint8 is slower, with their ratios; `before` and `between` the operators and shapes."""
+    lost: dict[str, list[str]] = {}
+    for row in rows:
+        if (value := ratio(row)) and value > 1 + EVEN:
+            lost.setdefault(f"{row.op} {row.shape}", []).append(f"{row.M} ({value:.2f})")
+    named = between.join(f"{name} at {', '.join(cells)}" for name, cells in lost.items())
+    return f"Slower than the best other by more than {EVEN:.0%} (ratio):{before}{named or 'nowhere'}."
+
+
+def kernel_section(results: Results[KernelRow]) -> str:
+    """Where it is slower, and a folded table of all cells."""
+    cells = folded(f"All {len(results.rows)} cells", _all_cells(results.rows, results.ceilings))
+    return "\n\n".join([conditions(results), lost_cells(results.rows, "\n- ", "\n- "), cells])
+
+
+def _all_cells(rows: Sequence[KernelRow], ceilings: Ceilings | None) -> str:
+    lines = []
+    for row in rows:
+        best = best_peer(row)
+        spread = max(row.spread.get(name, 0.0) for name in ("rowint8", best) if name)
+        share = f"{limit_us(row, ceilings) / row.us['rowint8']:.0%}" if ceilings and row.op != "add_rms_norm" else ""
+        shape = f"{row.shape} [{row.N}]" if row.op == "add_rms_norm" else f"{row.shape} [{row.N}, {row.K}]"
+        cells = [
+            row.op,
+            shape,
+            str(row.M),
+            f"{row.us['rowint8']:.1f}",
+            _fastest(row),
+            number(ratio(row), 2),
+            f"{spread:.0%}",
+        ]
+        lines.append([*cells, share])
+    return table(["operator", "shape", "M", "rowint8", "best other", "ratio", "spread", "of limit"], lines)
+
+
+def limits(results: Results[KernelRow] | None, tokens: Sequence[int] = (1, 16, 64, 128, 256, 512, 2048)) -> str:
+    """Share of the card's limit that rowint8 reaches, a line an operator and shape."""
+    rows = {(row.op, row.shape, row.M): row for row in (results.rows if results else ()) if row.op != "add_rms_norm"}
+    lines = []
+    for op, shape in dict.fromkeys(key[:2] for key in rows):
+        cells = [rows.get((op, shape, m)) for m in tokens]
+        lines.append([f"{op} {shape}", *(_share(row, results.ceilings if results else None) for row in cells)])
+    return table(["of the limit", *(f"M = {m}" for m in tokens)], lines or [["linear gate_up", *[TBD] * len(tokens)]])
+
+
+def _share(row: KernelRow | None, ceilings: Ceilings | None) -> str:
+    return f"{limit_us(row, ceilings) / row.us['rowint8']:.0%}" if row and ceilings else TBD
+
+
+def compiler_table(results: Results[KernelRow] | None) -> str:
+    """What torch.compile made of each operator: numbers of tokens with the same kernels share a line."""
+    groups: dict[tuple, list[tuple[KernelRow, str]]] = {}
+    for row in results.rows if results else ():
+        for mode, made in (row.compiler or {}).items():
+            groups.setdefault((row.op, mode, made.kernels, made.extern), []).append((row, mode))
+    lines = []
+    for (op, mode, kernels, extern), members in groups.items():
+        times = [row.us[mode] / row.us["rowint8"] for row, mode in members if mode in row.us]
+        reach = " to ".join(dict.fromkeys(f"{value:.2f}" for value in (min(times), max(times)))) if times else TBD
+        names = [*(f"`{name}`" for name in kernels), *(f"*{name}*" for name in extern)]
+        lines.append([op, mode, ", ".join(str(row.M) for row, _ in members), ", ".join(names), reach])
+    return table(["operator", "mode", "M", "kernels (*library calls*)", "time / rowint8's"], lines or [[TBD] * 5])

@@ -1,0 +1,122 @@
+"""Launches the Hopper kernel: descriptors for TMA, the grid, and memory for tiles that programs share."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, lru_cache, partial
+from itertools import count
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime import driver
+
+from rowint8.kernels.hopper.kernel import Config, hopper_kernel
+from rowint8.kernels.hopper.stream_k import FLAG
+from rowint8.kernels.launch import launch, traits
+from rowint8.kernels.tiles.hopper_cost import CONSUMER_ROWS, HopperTile, hopper_schedule
+from rowint8.kernels.tiles.pick import hopper_processors
+
+_GLUON_DTYPE = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+_DESCRIPTORS = 4096
+"""How many are kept for either operand: layers times tiles, as activations mostly return to the same addresses."""
+
+
+def hopper_product(
+    tokens: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, tile: HopperTile, fused: bool = False
+) -> Tensor:
+    """linear, or swiglu where `fused`, of contiguous [M, K] activations; operands `aligned`, M, N and K at least 1, for
+    SwiGLU N a multiple of 16.
+
+    Arguments as in `ops.linear`; compute capability 9.0.
+    """
+    (M, K), N = tokens.shape, values.shape[0]
+    out = torch.empty(M, N // 2 if fused else N, dtype=tokens.dtype, device=tokens.device)
+    programs, waves = hopper_schedule(tile, M, N, K, hopper_processors(tokens.device))
+    parts = flags = None
+    if tile.shared:
+        parts = torch.empty(programs, tile.rows * tile.block_m, dtype=torch.float32, device=tokens.device)
+        flags = _flags(tokens.device, driver.active.get_current_stream(tokens.device.index))  # type: ignore[attr-defined]
+    variant = "hopper", fused, tile, N, K, traits(tokens, scale, bias)
+    weight = _weight_descriptor(values.data_ptr(), N, K, tile, fused)
+    x = _token_descriptor(tokens.data_ptr(), M, K, tokens.dtype, tile)
+    arguments = weight, x, scale, bias, out, parts, flags, M, N, K, waves
+    launch(hopper_kernel, variant, (programs, 1, 1), arguments, _constants(tile, fused, bias is not None), _OPTIONS)
+    return out
+
+
+_OPTIONS = dict(num_warps=4, launch_pdl=True)
+
+
+@cache
+def _constants(tile: HopperTile, fused: bool, has_bias: bool) -> dict[str, Config]:
+    shape = tile.across, tile.deep, CONSUMER_ROWS, tile.block_m, tile.block_k, tile.stages
+    return {"config": Config(fused, has_bias, *shape, tile.shared, tile.group)}
+
+
+_STREAMS = 64
+_FLAGS = 4
+"""Of one program: for up to four consumers."""
+_next_place: defaultdict[torch.device, Iterator[int]] = defaultdict(count)
+
+
+@cache
+def _flags(device: torch.device, stream: int) -> Tensor:
+    """Zeros for the kernels of one stream, which follow one another.
+
+    As with cuBLAS's workspace, graphs that were captured in one stream must not be replayed at the same time.
+    """
+    place = next(_next_place[device])
+    return _flags_of_streams(device, place // _STREAMS).narrow(0, place % _STREAMS, 1)
+
+
+@cache
+def _flags_of_streams(device: torch.device, block: int) -> Tensor:
+    """Made for many streams at once, as a stream in which a graph is captured could not zero them now; and in another
+    thread, as this one may allocate from a pool whose memory an engine gives back while it sleeps."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "rowint8 makes its flags at the first product, not in a CUDA graph's capture: call one before"
+        )
+    shape = _STREAMS, hopper_processors(device) * _FLAGS * FLAG.value
+    with ThreadPoolExecutor(1) as thread:
+        [flags] = thread.map(partial(torch.zeros, dtype=torch.int32, device=device), [shape])
+    torch.cuda.synchronize(device)
+    return flags
+
+
+class _Memory(NamedTuple):
+    """What a descriptor wants of a tensor. It does not keep the memory: descriptors may be kept, and used again for
+    whatever lies there later."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@lru_cache(_DESCRIPTORS)
+def _weight_descriptor(address: int, n: int, k: int, tile: HopperTile, fused: bool) -> TensorDescriptor:
+    """Blocks of one consumer's rows; for SwiGLU eight gate rows and their eight up rows in turn: [I / 8, 2, 8, K]."""
+    memory: Any = _Memory(address, torch.int8)
+    if not fused:
+        block = [CONSUMER_ROWS, tile.block_k]
+        return TensorDescriptor(memory, [n, k], [k, 1], block, _layout(tuple(block), gl.int8))
+    block = [CONSUMER_ROWS // 16, 2, 8, tile.block_k]
+    layout = _layout(tuple(block), gl.int8)
+    return TensorDescriptor(memory, [n // 16, 2, 8, k], [8 * k, n // 2 * k, k, 1], block, layout)
+
+
+@lru_cache(_DESCRIPTORS)
+def _token_descriptor(address: int, m: int, k: int, dtype: torch.dtype, tile: HopperTile) -> TensorDescriptor:
+    memory: Any = _Memory(address, dtype)
+    block = [tile.block_m, tile.block_k]
+    return TensorDescriptor(memory, [m, k], [k, 1], block, _layout(tuple(block), _GLUON_DTYPE[dtype]))
+
+
+@cache
+def _layout(block: tuple[int, ...], dtype: Any) -> Any:
+    return gl.NVMMASharedLayout.get_default_for(list(block), dtype)  # type: ignore[operator]  # a constexpr function

@@ -1,0 +1,75 @@
+"""Result files that several runs of a command fill."""
+
+import json
+from typing import Any
+
+import pytest
+
+from rowint8.eval.cli.output import Kept, save
+from rowint8.eval.errors import EvalError
+from rowint8.eval.results.files import read_results
+from rowint8.eval.results.schema import ServeRow
+
+TIMES = {"p50": 1.0, "p99": 2.0}
+
+
+def row(setup: str, tok_s: float = 5.0) -> ServeRow:
+    rest: dict[str, Any] = dict(request_rate=1.0, requests=2, prompt_tokens=3, output_tokens=4, goodput=1.0)
+    rest |= dict(ttft_ms=TIMES, tpot_ms=TIMES, itl_ms=TIMES, goodput_limits_ms={"ttft": 5.0})
+    return ServeRow(engine="vllm", setup=setup, tok_s=tok_s, command="vllm bench serve", **rest)
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "serve.json"
+    kept = Kept(path, ServeRow, False)
+    kept.add([row("bf16")])
+    kept.add([row("fp8")])
+    return path
+
+
+def test_rows_are_in_the_file_as_soon_as_they_are_added(file):
+    assert read_results(file, ServeRow).rows == (row("bf16"), row("fp8"))
+
+
+def test_appending_replaces_its_own_setups_and_keeps_the_others(file):
+    first = read_results(file, ServeRow).command
+    kept = Kept(file, ServeRow, True)
+    kept.add([row("bf16", tok_s=7.0), row("rowint8")])
+    kept.close()
+    results = read_results(file, ServeRow)
+    assert results.rows == (row("bf16", tok_s=7.0), row("fp8"), row("rowint8"))
+    assert results.command == f"{first} && {first}"
+
+
+def test_a_setup_that_failed_loses_no_rows(file):
+    def run(name):
+        if name == "bf16":
+            raise EvalError("out of memory")
+        yield row(name)
+
+    assert Kept(file, ServeRow, True).measure(["bf16", "rowint8"], run) == ["bf16"]
+    assert read_results(file, ServeRow).rows == (row("bf16"), row("fp8"), row("rowint8"))
+
+
+def test_nothing_is_appended_to_what_another_machine_measured(file):
+    content = json.loads(file.read_text())
+    content["environment"]["device"] = "another card"
+    file.write_text(json.dumps(content))
+    with pytest.raises(EvalError, match=r"measured elsewhere.*device another card and"):
+        Kept(file, ServeRow, True)
+    assert json.loads(file.read_text()) == content
+
+
+def test_appending_needs_a_file():
+    with pytest.raises(EvalError, match="--append keeps the rows of a file; name it with --json"):
+        Kept(None, ServeRow, True)
+
+
+def test_the_command_tells_no_places_of_this_machine(tmp_path, monkeypatch):
+    file = tmp_path / "serve.json"
+    arguments = ["--data", "../shared/data", "--model", "models/small", f"--text={tmp_path}/book.txt", "--limit=5"]
+    monkeypatch.setattr("sys.argv", ["/bin/rowint8", "quality", *arguments, "--json", str(file)])
+    save(file, [row("bf16")])
+    told = "rowint8 quality --data data --model models/small --text=book.txt --limit=5 --json serve.json"
+    assert read_results(file, ServeRow).command == told

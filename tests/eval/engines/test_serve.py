@@ -1,0 +1,178 @@
+"""rowint8.eval.engines.serve: flags that vLLM knows, rows of what its client reports. A script stands in for `vllm`."""
+
+import io
+import json
+import sys
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from rowint8.eval.cli import app as cli
+from rowint8.eval.engines import serve as bench_serve
+from rowint8.eval.engines import server as serve
+from rowint8.eval.engines.serve import (
+    SERVED,
+    Load,
+    parse_goodput,
+    parse_rates,
+    row_of,
+    serve_table,
+    server_arguments,
+    server_flags,
+    write_tokenizer,
+)
+from rowint8.eval.engines.setups import SETUPS, write_shape
+from rowint8.eval.errors import EvalError
+from rowint8.eval.results.files import read_results
+from rowint8.eval.results.schema import ServeRow
+
+LOAD = Load(prompt_tokens=32, output_tokens=8, seconds=2.5, goodput={"ttft": 200.0, "tpot": 50.0})
+REPORT = {
+    "num_prompts": 10,
+    "completed": 10,
+    "total_output_tokens": 80,
+    "output_throughput": 31.5,
+    "request_goodput": 3.5,
+    **{f"p{p}_{metric}_ms": p + i for p in (50, 99) for i, metric in enumerate(("ttft", "tpot", "itl"))},
+}
+VLLM = """
+import json, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+option = lambda name: sys.argv[sys.argv.index(name) + 1]
+class Healthy(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+if sys.argv[1] == "serve":
+    if "fp8" in sys.argv:
+        sys.exit("ValueError: no fp8 here")
+    HTTPServer(("127.0.0.1", int(option("--port"))), Healthy).serve_forever()
+report, sent = json.loads(REPORT), int(option("--num-prompts"))
+report |= {"num_prompts": sent, "completed": sent, "total_output_tokens": sent * int(option("--random-output-len"))}
+with open(option("--result-dir") + "/" + option("--result-filename"), "w") as file:
+    json.dump(report, file)
+"""
+
+
+def test_a_row_of_a_report():
+    row = row_of("rowint8", 4.0, LOAD, REPORT, "vllm bench serve")
+    assert (row.ttft_ms, row.tpot_ms, row.itl_ms) == (
+        {"p50": 50, "p99": 99},
+        {"p50": 51, "p99": 100},
+        {"p50": 52, "p99": 101},
+    )
+    assert (row.requests, row.tok_s, row.goodput, row.request_rate) == (10, 31.5, 3.5, 4)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(serve_table([row]))
+    drawn = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    (line,) = [line.split() for line in drawn.splitlines() if " rowint8 " in line]
+    assert line == ["4", "rowint8", "50.0", "99.0", "51.0", "100.0", "52.0", "101.0", "32", "3.50"]
+    assert "ttft <= 200 ms, tpot <= 50 ms" in drawn
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"completed": 9}, "1 of 10 requests failed"),
+        ({"completed": 9, "errors": ["", "Bad Request"]}, "the first said: Bad Request"),
+        ({"total_output_tokens": 79}, "79 output tokens came"),
+    ],
+)
+def test_lost_requests_and_tokens_are_errors(change, message):
+    with pytest.raises(EvalError, match=message):
+        row_of("rowint8", 4.0, LOAD, REPORT | change, "vllm bench serve")
+
+
+def test_help_names_every_setup(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    shown = CliRunner().invoke(cli.app, ["bench", "serve", "--help"]).stdout
+    assert ", ".join(SERVED) in shown
+    assert bench_serve.DEFAULT_SETUPS in shown
+    assert "Example: rowint8 bench serve" in shown
+
+
+def test_rates_and_limits():
+    assert parse_rates("4,0.5") == [4, 0.5]
+    assert parse_goodput("ttft:200,tpot:50") == {"ttft": 200, "tpot": 50}
+
+
+@pytest.mark.parametrize("text", ["", "4,", "0", "-1", "nan", "inf", "fast"])
+def test_wrong_rates_are_refused(text):
+    with pytest.raises(EvalError, match="--rates is"):
+        parse_rates(text)
+
+
+@pytest.mark.parametrize("text", ["", "ttft", "ttft:0", "itl:5", "ttft:200,"])
+def test_wrong_limits_are_refused(text):
+    with pytest.raises(EvalError, match="--goodput is"):
+        parse_goodput(text)
+
+
+def test_setups_that_need_more_than_flags_are_not_served():
+    assert set(SETUPS) - set(SERVED) == {"humming"}
+
+
+def test_flags_say_what_the_arguments_do():
+    flags = server_flags({"max_model_len": 40, "enforce_eager": True, "load_format": "dummy", "hf_overrides": {"a": 1}})
+    assert flags[1:] == [
+        "--max-model-len",
+        "40",
+        "--enforce-eager",
+        "--load-format",
+        "dummy",
+        "--hf-overrides",
+        '{"a": 1}',
+    ]
+    assert "--enforce-eager" not in server_flags({"enforce_eager": False})
+
+
+def test_vllm_knows_the_flags():
+    pytest.importorskip("vllm")
+    from vllm.benchmarks.serve import add_cli_args
+    from vllm.entrypoints.cli import serve as vllm_serve
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    client = FlexibleArgumentParser()
+    add_cli_args(client)
+    sent: Any = client.parse_args(bench_serve._client_flags(4.0, LOAD))
+    assert (sent.request_rate, sent.num_prompts, sent.random_input_len, sent.random_output_len) == (4, 10, 32, 8)
+    assert (sent.ignore_eos, sent.metric_percentiles, sent.goodput) == (True, "50,99", ["ttft:200", "tpot:50"])
+    server = vllm_serve.make_arg_parser(FlexibleArgumentParser())  # pyright: ignore[reportPrivateImportUsage]
+    for setup in SERVED.values():
+        arguments = {**server_arguments(LOAD, 2, eager=True), **setup.llm}
+        served: Any = server.parse_args(["--model", "m", *server_flags(arguments)])
+        assert (served.max_model_len, served.tensor_parallel_size, served.enable_prefix_caching) == (40, 2, False)
+        assert served.quantization == setup.llm.get("quantization")
+
+
+def test_the_tokenizer_counts_words(tmp_path):
+    from transformers import AutoTokenizer
+
+    write_shape("tiny", tmp_path)
+    write_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.vocab_size == 512
+    assert tokenizer("000007000511000000", add_special_tokens=True).input_ids == [7, 511, 0]
+    text = tokenizer.decode([3, 3, 500])
+    assert tokenizer.encode(text) == [3, 3, 500]
+    assert len(text) == 3 * max(map(len, tokenizer.get_vocab()))  # vLLM refuses a text that is longer
+
+
+def test_a_failing_server_keeps_the_rows_of_the_others(tmp_path, monkeypatch):
+    pytest.importorskip("vllm")
+    script = tmp_path / "vllm"
+    script.write_text(f"#!{sys.executable}\nREPORT = {json.dumps(REPORT)!r}\n{VLLM}")
+    script.chmod(0o755)
+    for module in (serve, bench_serve):
+        monkeypatch.setattr(module, "console_script", lambda name: str(script))
+    options = ["--config", "tiny", "--rates", "2,4", "--seconds", "5", "--json", str(tmp_path / "r.json")]
+    done = CliRunner().invoke(cli.app, ["bench", "serve", "--setups", "bf16,fp8,rowint8", *options])
+    assert str(done.exception).startswith("failed: fp8")
+    assert "no fp8 here" in done.stderr
+    rows = read_results(tmp_path / "r.json", ServeRow).rows
+    assert [(row.setup, row.request_rate, row.requests) for row in rows] == [
+        (setup, rate, round(rate * 5)) for setup in ("bf16", "rowint8") for rate in (2, 4)
+    ]
+    assert all(str(tmp_path) not in row.command for row in rows)

@@ -1,0 +1,187 @@
+"""`rowint8 fidelity`: its numbers against plain definitions, on tiny models and text written here."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from rowint8.eval.errors import EvalError
+from rowint8.eval.processes import console_script
+from rowint8.eval.quality import fidelity as job
+from rowint8.eval.quality import fidelity_setups as setups
+from rowint8.eval.quantize import checkpoint as quantize_checkpoint
+from rowint8.eval.results.files import read_results
+from rowint8.eval.results.schema import FidelityRow
+from rowint8.kernels.quantize import dequantize, quantize_rowwise
+
+SENTENCE = "A boat left the harbour before dawn, and nobody on the quay could say who had taken it. "
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def folder(request, tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        vocab_size=300,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        tie_word_embeddings=request.param,
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+WINDOWS = torch.randint(0, 300, (3, 150), generator=torch.Generator().manual_seed(1))
+
+
+def logits_of(folder, change=lambda name, tensor: tensor):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(change(name, parameter))
+        return model(WINDOWS).logits[:, :-1].flatten(0, 1).double()
+
+
+def int8(part):
+    def change(name, tensor):
+        return dequantize(quantize_rowwise(tensor)) if part in name and tensor.dim() == 2 else tensor
+
+    return change
+
+
+def expected(folder, change):
+    """KL, nll and same-top-1 of every predicted token by the definitions, in fp64."""
+    logp, logq = logits_of(folder).log_softmax(-1), logits_of(folder, change).log_softmax(-1)
+    kl = torch.nn.functional.kl_div(logq, logp, reduction="none", log_target=True).sum(-1)
+    nll = torch.nn.functional.nll_loss(logq, WINDOWS[:, 1:].flatten(), reduction="none")
+    return kl, nll, logp.argmax(-1) == logq.argmax(-1)
+
+
+def scores_of(folder, setup):
+    source = quantize_checkpoint.open_source(folder)
+    return job.Fidelity(folder, setups.original(source), WINDOWS).score(setup(source))
+
+
+def assert_scores(scores, expected):
+    kl, nll, same = expected
+    torch.testing.assert_close(scores.kl, kl, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(scores.nll, nll, rtol=1e-4, atol=1e-5)
+    assert torch.equal(scores.same_top1, same)
+
+
+def test_scores_follow_the_definitions(folder):
+    scores = scores_of(folder, lambda source: setups.rounded_setup(source, "rowint8"))
+    assert_scores(scores, expected(folder, int8("_proj")))
+    torch.testing.assert_close(scores.reference_nll, expected(folder, lambda n, t: t)[1], rtol=1e-4, atol=1e-5)
+    assert scores.kl.mean() > 1e-5
+
+
+def test_the_output_layer_takes_a_tied_embedding_along(folder):
+    scores = scores_of(folder, lambda source: setups.rounded_setup(source, "rowint8+lm_head"))
+    tied = json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
+
+    def change(name, tensor):
+        rounded = "_proj" in name or "lm_head" in name or (tied and "embed_tokens" in name)
+        return dequantize(quantize_rowwise(tensor)) if rounded else tensor
+
+    assert_scores(scores, expected(folder, change))
+
+
+def test_ablation_rounds_one_kind_at_a_time(folder):
+    source = quantize_checkpoint.open_source(folder)
+    ablation = {setup.name: setup for setup in setups.ablation_setups(source)}
+    kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert sorted(ablation) == sorted(f"only {kind}" for kind in [*kinds, "lm_head"])
+    model = job.Fidelity(folder, setups.original(source), WINDOWS)
+    model.score(ablation["only up_proj"])
+    assert_scores(model.score(ablation["only down_proj"]), expected(folder, int8("down_proj")))
+
+
+def test_unchanged_weights_cost_nothing(folder):
+    scores = scores_of(folder, lambda source: setups.Setup("same", setups.original(source)))
+    assert scores.kl.abs().max() == 0
+    assert torch.equal(scores.nll, scores.reference_nll)
+    assert scores.same_top1.all()
+
+
+def test_a_stored_checkpoint_scores_as_rounding_does(folder, tmp_path):
+    source = quantize_checkpoint.open_source(folder)
+    convert = quantize_checkpoint.round_to_nearest(source.layers)
+    quantize_checkpoint.write_checkpoint(source, tmp_path / "int8", "rowint8", (), convert)
+    stored = scores_of(folder, lambda source: setups.stored_setup(tmp_path / "int8"))
+    rounded = scores_of(folder, lambda source: setups.rounded_setup(source, "rowint8"))
+    assert torch.equal(stored.kl, rounded.kl)
+    with pytest.raises(EvalError, match="is no rowint8 checkpoint"):
+        setups.stored_setup(folder)
+
+
+def test_reference_roundings():
+    weight = torch.randn(5, 70)
+    fp8 = setups.round_fp8_row(weight)
+    assert ((fp8 - weight).abs() <= weight.abs() / 16 + weight.abs().amax(1, keepdim=True) / 448 * 2**-10).all()
+    assert not torch.equal(fp8, weight)
+    grouped = setups.round_group32(weight)
+    for columns in (slice(0, 32), slice(32, 64), slice(64, 70)):
+        assert torch.equal(grouped[:, columns], setups.round_rowint8(weight[:, columns].contiguous()))
+    assert (setups.round_fp8_row(torch.zeros(2, 3)) == 0).all()
+
+
+def test_rows_sum_up_the_tokens():
+    kl = torch.arange(1, 101).double() / 100
+    nll, reference = torch.full((100,), 2.0).double(), torch.cat((torch.ones(50), torch.zeros(50))).double()
+    row = job.fidelity_row("s", job.TokenScores(kl, nll, reference, kl > 0.25), "t", 8)
+    assert (row.tokens, row.kl_mean, row.kl_max) == (100, pytest.approx(0.505), 1.0)
+    assert row.kl_p99 == pytest.approx(0.9901)
+    assert row.same_top1 == pytest.approx(0.75)
+    assert row.perplexity == pytest.approx(7.389056, rel=1e-6)
+    assert row.nll_difference == pytest.approx(1.5)
+    assert row.nll_difference_stderr == pytest.approx(0.05025189, rel=1e-6)
+
+
+def test_text_files(tmp_path):
+    (tmp_path / "a.txt").write_text("plain\n")
+    assert job.read_text(tmp_path / "a.txt") == "plain\n"
+    (tmp_path / "a.jsonl").write_text('{"page": "one "}\n{"text": "two"}\n')
+    assert job.read_text(tmp_path / "a.jsonl") == "one two"
+    (tmp_path / "b.jsonl").write_text('{"other": 1}\n')
+    for name in ("b.jsonl", "none.txt"):
+        with pytest.raises(EvalError, match=f"cannot read .*{name}"):
+            job.read_text(tmp_path / name)
+
+
+def test_the_command(smollm2, tmp_path):
+    text, result = tmp_path / "boat.txt", tmp_path / "out.json"
+    text.write_text(SENTENCE * 4)
+    options = ["--model", str(smollm2), "--text", str(text), "--window", "32", "--windows", "2"]
+    command = [console_script("rowint8"), "fidelity", *options, "--quantization", "rowint8", "--json", str(result)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "62 tokens in windows of 32" in done.stdout
+    rows = {row.setup: row for row in read_results(result, FidelityRow).rows}
+    assert rows["unquantized"].kl_max == 0
+    assert 1e-4 < rows["rowint8"].kl_mean < 1e-2
+    for wrong, message in (("int3", "accepted are rowint8"), ("bf16", "less than one window")):
+        bad = subprocess.run(
+            [*command[:-4], "--quantization", wrong, "--window", "4000"], capture_output=True, text=True, check=False
+        )
+        assert bad.returncode == 1
+        assert message in bad.stderr
+
+
+def test_an_architecture_with_other_logits_is_refused(folder):
+    source = quantize_checkpoint.open_source(folder)
+    model = job.Fidelity(folder, setups.original(source), WINDOWS)
+    plain = model.model.forward
+
+    def capped(*args, **kwargs):
+        output = plain(*args, **kwargs)
+        output.logits = output.logits.tanh()
+        return output
+
+    model.model.forward = capped
+    with pytest.raises(EvalError, match="changes its logits"):
+        model._check_head()

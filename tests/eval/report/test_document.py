@@ -1,0 +1,338 @@
+"""rowint8.eval.report: committed documents are what the JSON gives, the missing is TBD, the impossible stops it."""
+
+import json
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rowint8.eval.errors import EvalError
+from rowint8.eval.kernels.table import best_peer
+from rowint8.eval.markdown import fill, table
+from rowint8.eval.plots import pictures
+from rowint8.eval.processes import console_script
+from rowint8.eval.report.document import documents, parts, read_folder, report
+from rowint8.eval.report.kernels import compiler_table, lost_cells, tallies
+from rowint8.eval.report.memory import weight_bytes
+from rowint8.eval.results.environment import describe_environment
+from rowint8.eval.results.files import Results, read_results, write_results
+from rowint8.eval.results.schema import (
+    GIB,
+    AgreementRow,
+    Ceilings,
+    Compilation,
+    EngineRow,
+    FidelityRow,
+    GenerationRow,
+    KernelRow,
+    QualityRow,
+    ServeRow,
+)
+
+ROOT = Path(__file__).parents[3]
+ENVIRONMENT = replace(describe_environment(), device="Some GPU")
+CEILINGS = Ceilings(read_tb_s=3.0, bf16_tflop_s=800.0)
+KERNEL = KernelRow(
+    op="linear",
+    shape="gate_up",
+    M=16,
+    N=28672,
+    K=4096,
+    us=dict(rowint8=50.0, cublas_bf16=90.0, marlin=48.0, unfused=20000.0),
+    spread=dict(rowint8=0.01, cublas_bf16=0.02, marlin=0.03, unfused=0.0),
+)
+ENGINE = EngineRow(
+    engine="baseline",
+    setup="int8-fused",
+    batch=1,
+    prompt_tokens=128,
+    output_tokens=101,
+    ttft_ms=20.0,
+    itl_ms=4.9,
+    tpot_ms=5.0,
+    tok_s=101 / 0.520,
+    weights_gib=8.46,
+    peak_mem_gib=9.25,
+    repeats=3,
+    spread={"tok_s": 0.01},
+    start_s=10.0,
+    host_ms=0.25,
+    kv_waste=0.031,
+    attention="flash3",
+)
+SERVE = ServeRow(
+    engine="vllm",
+    setup="rowint8",
+    request_rate=4.0,
+    requests=80,
+    prompt_tokens=512,
+    output_tokens=128,
+    ttft_ms={"p50": 31.5, "p99": 62.5},
+    tpot_ms={"p50": 5.5, "p99": 6.5},
+    itl_ms={"p50": 5.0, "p99": 9.0},
+    tok_s=500.0,
+    goodput=3.9,
+    goodput_limits_ms={"ttft": 200.0},
+    command="vllm bench serve",
+)
+FIDELITY = FidelityRow(
+    setup="rowint8",
+    text="book.txt",
+    window=1024,
+    dtype="float32",
+    tokens=1000,
+    perplexity=17.25,
+    nll_difference=0.001,
+    nll_difference_stderr=0.0005,
+    kl_mean=0.0123,
+    kl_median=0.01,
+    kl_p99=0.1,
+    kl_max=0.5,
+    same_top1=0.975,
+)
+AGREEMENT = AgreementRow(setup="rowint8", dtype="float32", prompt="p", tokens=32, agreed=3, logprob_gap=0.0625)
+QUALITY = QualityRow(
+    engine="vllm", setup="rowint8", task="t", metric="acc", dtype="float32", questions=9, value=0.5, stderr=0.1
+)
+
+
+def write(folder, stem, *rows, ceilings=None):
+    results = Results(environment=ENVIRONMENT, command=f"measure {stem}", rows=rows, ceilings=ceilings)
+    write_results(folder / f"{stem}.json", results)
+
+
+def section(text, title):
+    """From a heading to the next one of its level or above."""
+    level = title.split()[0]
+    lines = text.split(f"\n{title}\n", 1)[1].splitlines()
+    end = next((i for i, line in enumerate(lines) if line.startswith("#") and len(line.split()[0]) <= len(level)), None)
+    return "\n".join(lines[:end])
+
+
+def cells(text, *start):
+    """The cells of the only table line that begins with `start`."""
+    lines = [[cell.strip() for cell in line.strip().strip("|").split(" | ")] for line in text.splitlines()]
+    (found,) = [line for line in lines if line[: len(start)] == list(start)]
+    return found
+
+
+@pytest.mark.parametrize("name", ["results/REPORT.md", "README.md", "POSTMORTEM.md", "docs/engine.md", "docs/vllm.md"])
+def test_committed_document_is_what_the_results_give(name):
+    folder = ROOT / "results"
+    wanted = documents(folder, read_folder(folder))[ROOT / name]
+    assert (ROOT / name).read_text(encoding="utf-8") == wanted, "run `rowint8 report` and commit what it writes"
+
+
+def test_what_is_not_measured_is_tbd(tmp_path):
+    write(tmp_path, "agreement-cpu", AGREEMENT)
+    found = read_folder(tmp_path)
+    text = report(found)
+    engines = section(text, "## Whole engines")
+    for role in ("baseline bf16", "baseline int8", "baseline int8-fused", "vllm bf16", "vllm rowint8"):
+        assert cells(section(engines, "### engine-h100"), role) == [role, *["TBD"] * 7]
+    assert cells(section(text, "## Serving under load"), "serve-h100") == ["serve-h100", *["TBD"] * 10]
+    assert section(text, "### kernels-h100").strip() == "TBD"
+    assert section(text, "### fidelity-smollm2").strip() == "TBD"
+    assert section(text, "## Plots").strip() == "TBD"
+    assert parts(found)["kernels"].count("TBD") >= 9 * 8
+    assert all("TBD" in parts(found)[name] for name in ("quality", "fidelity", "limits", "compiler", "gaps", "vllm"))
+
+
+def test_new_files_are_picked_up_by_the_keys_of_their_rows(tmp_path):
+    bf16 = replace(ENGINE, setup="bf16-graph", weights_gib=14.96, peak_mem_gib=15.5, ttft_ms=40.0, tpot_ms=10.0)
+    bf16 = replace(bf16, tok_s=101 / 1.04)
+    write(tmp_path, "engine-h100", bf16, ENGINE, replace(ENGINE, engine="vllm", setup="rowint8", tpot_ms=4.8))
+    write(tmp_path, "serve-h100", SERVE)
+    write(tmp_path, "fidelity-smollm2", FIDELITY)
+    write(tmp_path, "quality-smollm2", QUALITY)
+    write(tmp_path, "kernels-h100", KERNEL, ceilings=CEILINGS)
+    found = read_folder(tmp_path)
+    text = report(found)
+    engine = section(text, "### engine-h100")
+    assert cells(engine, "baseline int8-fused")[1:7] == ["1", "128", "101", "20.0", "194.2", "9.250"]
+    assert cells(engine, "baseline int8-fused")[7].endswith(
+        "2.00x, host 0.25 ms a step, KV waste 3.1%, flash3 attention, spread of tok/s 1%"
+    )
+    assert cells(engine, "vllm bf16")[1:] == ["TBD"] * 7
+    assert "baseline bf16 |" not in engine
+    pp = section(text, "## Prompt processing and token generation")
+    assert cells(pp, "engine-h100", "baseline int8-fused", "8.460", "1", "pp128")[-1] == "6400.0"
+    assert cells(pp, "engine-h100", "baseline int8-fused", "8.460", "1", "tg101")[-1] == "200.0"
+    assert cells(text, "serve-h100")[1:9] == ["4", "vllm rowint8", "512", "128", "31.5", "62.5", "5.5", "6.5"]
+    assert cells(section(text, "### fidelity-smollm2"), "rowint8")[5:] == ["0.0123", "0.01", "0.1", "0.5", "97.50%"]
+    assert cells(section(text, "### quality-smollm2"), "t", "acc")[5] == "0.5000 ± 0.1000"
+    assert "\n| t (9) | acc | 0.5000 |" in parts(found)["quality"]
+    least = (8.46 * GIB - 2 * 128256 * 4096) / 3.0e12 * 1000
+    gap = cells(parts(found)["gaps"], "engine-h100", "baseline int8-fused")
+    assert gap[2:] == ["5.00", f"{least:.2f}", f"{5.0 / least:.2f}", f"{5.0 / 4.8:.2f}"]
+    assert "# serve-h100.json\nmeasure serve-h100\n#   vllm bench serve\n" in text.split("\n## Reproduction\n")[1]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (replace(KERNEL, us={"rowint8": 30.0, "cublas_bf16": 90.0}), "rowint8 takes 30.0 us, less than the 39"),
+        (replace(KERNEL, us={"rowint8": 50.0, "marlin": 37.0}), "marlin takes 37.0 us, less than the 39"),
+        (replace(KERNEL, M=8192, us={"rowint8": 2000.0, "cublas_bf16": 2600.0}), "rowint8 takes 2000.0 us, less than"),
+        (replace(KERNEL, us={"rowint8": 50.0, "cublas_bf16": 251.0}), "0.20 times cublas_bf16's time"),
+        (replace(KERNEL, us={"rowint8": 500.0, "cublas_bf16": 90.0}), "5.56 times cublas_bf16's time"),
+        (replace(KERNEL, us={"marlin": 50.0}), "us has no rowint8"),
+        (replace(ENGINE, tpot_ms=6.0), r"TTFT \+ TPOT x \(tokens - 1\) is 620.0 ms, but .* took 520.0 ms"),
+        (replace(ENGINE, ttft_ms=1.0, tpot_ms=4.0), "is 401.0 ms, but .* took 520.0 ms"),
+        (replace(ENGINE, peak_mem_gib=8.0), "peak memory of 8.000 GiB is below the weights' 8.460"),
+        (replace(ENGINE, weights_gib=20.0, peak_mem_gib=21.0), r"reading the weights at 4\.29 TB/s, above .* 3\.00"),
+        (replace(SERVE, ttft_ms={"p50": 9.0, "p99": 8.0}), "TTFT: 9, 8 should not fall"),
+        (replace(SERVE, goodput=9.0), "goodput 9.00/s x 128 tokens is more than 500 tok/s"),
+        (replace(FIDELITY, kl_median=0.2), "KL: 0.2, 0.1, 0.5 should not fall"),
+        (replace(AGREEMENT, agreed=33), "33 tokens agree of 32"),
+        (replace(QUALITY, value=1.5), "acc is 1.5, outside 0 to 1"),
+        (replace(QUALITY, difference=0.2), r"acc is 0.5, but the first setup's 0.5 and \+0.2"),
+    ],
+)
+def test_what_cannot_be_stops_the_report(tmp_path, row, message):
+    write(tmp_path, "kernels-h100", KERNEL, ceilings=CEILINGS)
+    good = next(r for r in (KERNEL, ENGINE, SERVE, FIDELITY, AGREEMENT, QUALITY) if type(r) is type(row))
+    write(tmp_path, "other", good, row, ceilings=CEILINGS if isinstance(row, KernelRow) else None)
+    with pytest.raises(EvalError, match=message) as stopped:
+        read_folder(tmp_path)
+    assert str(stopped.value).startswith("other.json: rows.1: ")
+    assert "\n" not in str(stopped.value)
+
+
+def test_backends_of_a_metric_stand_below_one_another(tmp_path):
+    rows = [replace(QUALITY, setup="unquantized", metric=metric) for metric in ("acc", "word_perplexity")]
+    pair = dict(value=0.75, difference=0.25, difference_stderr=0.125)
+    rows += [replace(rows[0], setup="rowint8", gained=3, lost=1, **pair), replace(rows[1], stderr=None, **pair)]
+    write(tmp_path, "quality-suite", *rows)
+    lines = section(report(read_folder(tmp_path)), "### quality-suite").strip().splitlines()[2:]
+    found = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    assert [line[1:3] for line in found] == [
+        ["acc", "vllm"],
+        ["acc", "vllm-rowint8"],
+        *[["word_perplexity", "vllm"]] * 2,
+    ]
+    assert found[1][5:] == ["0.7500 ± 0.1000", "+0.2500 ± 0.1250", "3", "1"]
+    assert [part.strip() for part in found[3][5:7]] == ["0.7500", "+0.2500 ± 0.1250"]
+
+
+def test_weights_that_fit_the_cache_may_be_read_faster(tmp_path):
+    small = replace(KERNEL, M=1, N=4096, K=4096, us={"rowint8": 4.0, "cublas_bf16": 8.0})
+    write(tmp_path, "kernels-h100", small, ceilings=CEILINGS)
+    assert read_folder(tmp_path)["kernels-h100"].rows == (small,)
+
+
+def test_a_batch_may_end_later_than_its_mean_request(tmp_path):
+    write(tmp_path, "vllm-h100", replace(ENGINE, batch=8, tok_s=8 * 101 / 0.9))
+    assert len(read_folder(tmp_path)) == 1
+
+
+def test_negative_times_and_unknown_keys_are_named(tmp_path):
+    write(tmp_path, "engine-h100", ENGINE)
+    document = json.loads((tmp_path / "engine-h100.json").read_text())
+    for change, message in (({"ttft_ms": -1.0}, "greater than 0"), ({"colour": "red"}, "colour")):
+        broken = {**document, "rows": [{**document["rows"][0], **change}]}
+        (tmp_path / "engine-h100.json").write_text(json.dumps(broken))
+        with pytest.raises(EvalError, match=rf"engine-h100\.json: rows\.0\..*{message}"):
+            read_folder(tmp_path)
+
+
+def test_our_own_parts_are_no_peers():
+    swiglu = replace(
+        KERNEL, op="swiglu", us={"rowint8": 50.0, "unfused": 51.0, "unfused_vllm": 49.0, "machete_vllm": 60}
+    )
+    assert best_peer(swiglu) == "machete_vllm"
+    assert best_peer(replace(KERNEL, us={"rowint8": 50.0, "unfused": 51.0})) is None
+    assert best_peer(KERNEL, ("cublas",)) == "cublas_bf16"
+
+
+def test_cells_are_counted_and_the_lost_ones_named():
+    times = {1: 40.0, 2: 48.9, 4: 49.1, 8: 60.0}
+    rows = tuple(replace(KERNEL, M=m, us={"rowint8": us, "marlin": 48.0}) for m, us in times.items())
+    results = Results(environment=ENVIRONMENT, command="c", rows=rows)
+    assert cells(tallies({"k": results}), "k") == ["k", "marlin", "4", "1", "1", "2"]
+    assert lost_cells(rows, " ", "; ").endswith(": linear gate_up at 4 (1.02), 8 (1.25).")
+    assert lost_cells(rows[:1], " ", "; ").endswith(": nowhere.")
+
+
+def test_compiled_sizes_with_the_same_kernels_share_a_line():
+    made = Compilation(kernels=("triton_poi_0",), extern=("extern_kernels.mm",), log=())
+    row = replace(KERNEL, us={"rowint8": 50.0, "compiled": 100.0}, compiler={"compiled": made})
+    rows = (row, replace(row, M=32, us={"rowint8": 50.0, "compiled": 150.0}))
+    text = compiler_table(Results(environment=ENVIRONMENT, command="c", rows=rows))
+    wanted = ["linear", "compiled", "16, 32", "`triton_poi_0`, *extern_kernels.mm*", "2.00 to 3.00"]
+    assert cells(text, "linear") == wanted
+
+
+@pytest.mark.parametrize("stem", ["demo-cpu", "demo-h100"])
+def test_arithmetic_of_bytes_is_what_the_engine_measured(stem):
+    smollm2 = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, vocab_size=49152)
+    smollm2 |= dict(num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)
+    for row in read_results(ROOT / "results" / f"{stem}.json", GenerationRow).rows:
+        form = "bf16" if row.setup.startswith("bf16") else "rowint8"
+        assert weight_bytes(smollm2, form) == round(row.weights_gib * GIB)
+
+
+def test_fill_replaces_marked_parts_only():
+    text = "a\n<!-- report:x -->\nold\n<!-- /report -->\nb\n<!-- report:y -->\n<!-- /report -->\n"
+    once = fill(text, {"x": "new\n", "y": r"\1 | z"}, "README.md")
+    assert once == ("a\n<!-- report:x -->\nnew\n<!-- /report -->\nb\n<!-- report:y -->\n\\1 | z\n<!-- /report -->\n")
+    assert fill(once, {"x": "new\n", "y": r"\1 | z"}, "README.md") == once
+    with pytest.raises(EvalError, match=r"README\.md asks for report:y; accepted are x"):
+        fill(text, {"x": ""}, "README.md")
+    with pytest.raises(EvalError, match="has no `<!-- /report -->`"):
+        fill(text.removesuffix("<!-- /report -->\n"), {"x": "", "y": ""}, "README.md")
+
+
+def test_bars_in_cells_stay_in_their_cell():
+    assert table(["a"], [["x|y"]]) == "| a |\n| --- |\n| x\\|y |\n"
+
+
+def rowint8(*arguments):
+    command = [console_script("rowint8"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_command_writes_the_report_its_plots_and_marked_parts(tmp_path):
+    folder = tmp_path / "results"
+    write(folder, "engine-h100", ENGINE, replace(ENGINE, setup="int8"), replace(ENGINE, batch=8, tok_s=1200.0))
+    write(folder, "fidelity-smollm2", FIDELITY, replace(FIDELITY, setup="int8-group32", kl_mean=0.01))
+    write(folder, "kernels-h200", KERNEL, replace(KERNEL, M=32), ceilings=CEILINGS)
+    (tmp_path / "README.md").write_text("mine\n<!-- report:limits -->\n<!-- /report -->\n")
+    done = rowint8("report", folder)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    names = {"engine-h100-setups.svg", "engine-h100-batch.svg", "fidelity-smollm2-kl.svg", "kernels-h200.svg"}
+    assert {path.name for path in folder.iterdir()} - {"REPORT.md"} == names | {
+        f"{stem}.json" for stem in ("engine-h100", "fidelity-smollm2", "kernels-h200")
+    }
+    text = (folder / "REPORT.md").read_text()
+    assert all(f"![{name}]({name})" in text for name in names)
+    assert "baseline int8-fused, 128 + 101" in (folder / "engine-h100-setups.svg").read_text()
+    assert ">int8-group32</text>" in (folder / "fidelity-smollm2-kl.svg").read_text()
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith("mine\n<!-- report:limits -->\n| of the limit |")
+    assert (
+        cells(readme, "linear gate_up")[2] == "78%"
+    )  # (28672 * 4096 + 2 * 28672 + 16 * 4096 * 2) bytes / 3 TB/s / 50 us
+
+
+def test_help_has_an_example():
+    assert "Example: rowint8 report results" in rowint8("report", "--help").stdout
+
+
+def test_plots_are_only_those_whose_data_exist(tmp_path):
+    write(tmp_path, "vllm-h100", replace(ENGINE, engine="vllm", setup="bf16"))
+    write(tmp_path, "agreement-cpu", AGREEMENT)
+    assert pictures(read_folder(tmp_path)) == {}
+
+
+def test_command_says_what_is_wrong_in_one_line(tmp_path):
+    done = rowint8("report", tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"rowint8: {tmp_path} has no result files; ")
+    write(tmp_path, "engine-h100", replace(ENGINE, tpot_ms=50.0))
+    done = rowint8("report", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("rowint8: engine-h100.json: rows.0: TTFT + TPOT")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "REPORT.md").exists()

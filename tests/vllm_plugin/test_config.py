@@ -1,0 +1,89 @@
+"""Registration and options of the vLLM plugin, without an engine."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from rowint8 import vllm_plugin
+from rowint8.vllm_plugin import config as config_module
+from rowint8.vllm_plugin.config import RowInt8Config
+
+
+def test_importing_the_plugin_loads_nothing_heavy():
+    code = "import sys, rowint8.vllm_plugin; print(*sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.split() == []
+
+
+def test_register_is_idempotent():
+    from vllm.model_executor.layers import quantization
+    from vllm.platforms import current_platform
+
+    vllm_plugin.register()
+    vllm_plugin.register()
+    assert quantization.QUANTIZATION_METHODS.count("rowint8") == 1
+    assert (current_platform.supported_quantization or ["rowint8"]).count("rowint8") == 1
+    assert quantization.get_quantization_config("rowint8") is RowInt8Config
+
+
+def test_entry_point_leads_to_register():
+    from importlib.metadata import entry_points
+
+    (entry,) = entry_points(group="vllm.general_plugins", name="rowint8")
+    assert entry.load() is vllm_plugin.register
+
+
+def test_a_checkpoint_with_a_config_is_serialized_unless_it_says_otherwise():
+    assert RowInt8Config().serialized is False
+    assert RowInt8Config.from_config({"quant_method": "rowint8"}).serialized is True
+    config = RowInt8Config.from_config({"quant_method": "rowint8", "serialized": False, "ignore": ["re:.*o_proj"]})
+    assert (config.serialized, config.ignore) == (False, ["re:.*o_proj"])
+
+
+def test_defaults_are_the_same_with_and_without_a_config():
+    for config in (RowInt8Config(), RowInt8Config.from_config({"quant_method": "rowint8"})):
+        assert (config.lm_head, config.fuse_swiglu, config.fuse_norm) == (False, True, True)
+    flags = {"lm_head": True, "fuse_swiglu": False, "fuse_norm": False}
+    config = RowInt8Config.from_config({"quant_method": "rowint8", **flags})
+    assert (config.lm_head, config.fuse_swiglu, config.fuse_norm) == (True, False, False)
+
+
+def test_every_option_is_documented():
+    guide = Path(__file__).resolve().parents[2].joinpath("docs", "vllm.md").read_text()
+    for option in config_module._OPTIONS:
+        assert f"\n| `{option}` | " in guide
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"ignored": []},
+            "unknown option ignored; accepted are quant_method, serialized, ignore, lm_head, fuse_swiglu, fuse_norm",
+        ),
+        ({"bits": 4, "group_size": 32}, "unknown option bits, group_size; accepted are"),
+        ({"serialized": "no"}, "serialized must be true or false, got 'no'"),
+        ({"ignore": "lm_head"}, "ignore must be a list of names"),
+        ({"lm_head": "int8"}, "lm_head must be true or false, got 'int8'"),
+        ({"fuse_swiglu": 1}, "fuse_swiglu must be true or false, got 1"),
+        ({"lm_head": True, "ignore": ["lm_head"]}, "lm_head is true, but ignore holds 'lm_head'"),
+        ({"lm_head": True, "ignore": ["re:.*"]}, "lm_head is true, but ignore holds 're:.*'"),
+        ({"ignore": ["re:("]}, "ignore holds 're:(', not a regular expression"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(ValueError, match="rowint8") as error:
+        RowInt8Config.from_config({"quant_method": "rowint8", **options})
+    assert message in str(error.value)
+
+
+def test_ignored_names_follow_the_models_renaming_and_patterns_stay():
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    config = RowInt8Config(ignore=["model.layers.0.mlp.down_proj", "re:model.*o_proj"])
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
+    assert sorted(config.ignore) == ["language_model.model.layers.0.mlp.down_proj", "re:model.*o_proj"]

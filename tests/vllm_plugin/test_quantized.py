@@ -1,0 +1,23 @@
+"""A checkpoint of `rowint8 quantize` in the real vLLM: found without a flag, the same as quantizing while loading."""
+
+import pytest
+from transformers import Qwen2Config
+
+from rowint8.eval.quantize import checkpoint as job
+from tests.vllm_plugin.harness import TINY, make_tiny
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+WITHOUT_FLAG = {**TINY, "quantization": None}
+
+
+def test_stored_equals_online_bit_for_bit(driver, tmp_path):
+    model = make_tiny(tmp_path / "model", Qwen2Config, max_shard_size="100KB", tie_word_embeddings=True)
+    source = job.open_source(model)
+    assert len(source.shards) > 1
+    job.write_checkpoint(source, tmp_path / "int8", "rowint8", (), job.round_to_nearest(source.layers))
+    online = driver.works(model)
+    assert driver.works(tmp_path / "int8", llm=WITHOUT_FLAG) == online
+    plain = driver.works(model, llm=WITHOUT_FLAG)
+    assert plain["logprobs"] != online["logprobs"], "unquantized weights must be seen in the logprobs"
