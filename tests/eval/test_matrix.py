@@ -6,7 +6,7 @@ import pytest
 import typer
 
 from rowint8.eval import matrix as measure
-from rowint8.eval.cli import app
+from rowint8.eval.cli.app import app
 from tests.conftest import REPO
 
 

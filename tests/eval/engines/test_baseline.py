@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from rowint8.eval.cli import app
+from rowint8.eval.cli.app import app
 from rowint8.eval.engines import baseline as job
 from rowint8.eval.engines.vllm import Workload
 from rowint8.eval.errors import EvalError

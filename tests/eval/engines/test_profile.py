@@ -8,7 +8,7 @@ from torch._C._autograd import DeviceType
 from typer.testing import CliRunner
 
 from rowint8.baseline_engine.model_config import ModelConfig
-from rowint8.eval.cli import app
+from rowint8.eval.cli.app import app
 from rowint8.eval.engines import profile as job
 from rowint8.eval.engines.parts import PARTS, Interval, Work, device_work, kernel_part, longest, operator_work, part_ms
 from rowint8.eval.engines.profile_worker import _kernels

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from rowint8.eval.cli import app
+from rowint8.eval.cli.app import app
 from rowint8.eval.errors import EvalError
 from rowint8.eval.kernels import tune
 from rowint8.eval.kernels.shapes import Shape
