@@ -62,7 +62,7 @@ def quantize_rowwise(weight: Tensor, *, name: str = "weight") -> Int8Weight:
         rows = slice(start, start + rows_per_block)
         block = weight[rows].float()
         scale[rows] = _row_scale(_row_absmax(block, name, start), name, start)
-        values[rows] = _round_to_scale(block, scale[rows])
+        values[rows] = round_to_scale(block, scale[rows])
     return Int8Weight(values, scale)
 
 
@@ -84,7 +84,7 @@ def _row_scale(absmax: Tensor, name: str, first_row: int) -> Tensor:
     return torch.where(would_clip, _next_fp16(scale), scale)
 
 
-def _round_to_scale(block: Tensor, scale: Tensor) -> Tensor:
+def round_to_scale(block: Tensor, scale: Tensor) -> Tensor:
     """int8 [n, K] from an fp32 block [n, K] and its stored scales fp16 [n]; rows of scale 0 become 0."""
     divisor = torch.where(scale == 0, 1, scale.float())
     return (block / divisor[:, None]).round_().to(torch.int8)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rowint8.eval.errors import EvalError
 from rowint8.eval.quantize.checkpoint import MERGED, Convert, Source, round_to_nearest
-from rowint8.kernels.quantize import INT8_MAX, Int8Weight, _round_to_scale, quantize_rowwise
+from rowint8.kernels.quantize import INT8_MAX, Int8Weight, quantize_rowwise, round_to_scale
 
 WINDOW, WINDOWS = 128, 128
 """Tokens of one calibration window, and how many are taken. Short windows show the first token often: its states are
@@ -172,7 +172,7 @@ def _round_block(block: Tensor, upper: Tensor, scale: Tensor) -> tuple[Tensor, T
     values, errors = torch.empty_like(columns, dtype=torch.int8), torch.empty_like(columns)
     limit = INT8_MAX * scale.float()
     for j, column in enumerate(columns):
-        values[j] = _round_to_scale(column.clamp(-limit, limit)[:, None], scale)[:, 0]
+        values[j] = round_to_scale(column.clamp(-limit, limit)[:, None], scale)[:, 0]
         errors[j] = (column - values[j] * scale.float()) / upper[j, j]
         columns[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
     return values.T, errors.T
