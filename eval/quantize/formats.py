@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from rowint8.kernels.quantize import Int8Weight
 
@@ -41,17 +40,13 @@ def rowint8_config(ignore: Sequence[str]) -> dict[str, Any]:
 
 
 def packed_tensors(layer: str, weight: Int8Weight) -> dict[str, Tensor]:
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
     return {
-        f"{layer}.weight_packed": pack_to_int32(weight.values),
+        f"{layer}.weight_packed": pack_to_int32(weight.values, num_bits=8),
         f"{layer}.weight_scale": weight.scale.float()[:, None],
         f"{layer}.weight_shape": torch.tensor(weight.values.shape),
     }
-
-
-def pack_to_int32(values: Tensor) -> Tensor:
-    """int8 [N, K] -> int32 [N, ceil(K / 4)], the columns beyond K filled with zero bytes."""
-    unsigned = (values.to(torch.int16) + 128).to(torch.uint8)
-    return pad(unsigned, (0, -values.shape[1] % 4)).view(torch.int32)
 
 
 def packed_config(ignore: Sequence[str]) -> dict[str, Any]:

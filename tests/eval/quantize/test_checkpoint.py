@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen2Config
 
@@ -17,8 +18,8 @@ from rowint8.baseline_engine.sampler import SamplingParams
 from rowint8.eval.errors import EvalError
 from rowint8.eval.processes import console_script
 from rowint8.eval.quantize import checkpoint as job
-from rowint8.eval.quantize.formats import pack_to_int32
-from rowint8.kernels.quantize import dequantize, quantize_rowwise
+from rowint8.eval.quantize.formats import packed_tensors
+from rowint8.kernels.quantize import Int8Weight, dequantize, quantize_rowwise
 
 INDEX = "model.safetensors.index.json"
 DOWN = "model.layers.1.mlp.down_proj"
@@ -136,7 +137,6 @@ def test_the_small_engine_refuses_what_it_cannot_run(model, tmp_path):
 
 @pytest.mark.parametrize(("config_class", "options"), [(LlamaConfig, {}), (Qwen2Config, {"tie_word_embeddings": True})])
 def test_transformers_reads_compressed_tensors(tmp_path, config_class, options):
-    pytest.importorskip("compressed_tensors")
     folder = write_model(tmp_path / "model", config_class, **options)
     out = quantize(folder, tmp_path / "out", "compressed-tensors", ["model.layers.0.self_attn.o_proj"])
     loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
@@ -151,10 +151,10 @@ def test_transformers_reads_compressed_tensors(tmp_path, config_class, options):
 
 @pytest.mark.parametrize("columns", [1, 3, 4, 37])
 def test_packing_is_that_of_the_library(columns):
-    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
     values = torch.randint(-127, 128, (5, columns), dtype=torch.int8)
-    unpacked = helpers.unpack_from_int32(pack_to_int32(values), 8, torch.Size((5, columns)))
-    assert torch.equal(unpacked, values)
+    packed = packed_tensors("layer", Int8Weight(values, torch.ones(5, dtype=torch.float16)))["layer.weight_packed"]
+    assert packed.shape == (5, -(-columns // 4))
+    assert torch.equal(unpack_from_int32(packed, 8, torch.Size((5, columns))), values)
 
 
 def test_vllm_takes_compressed_tensors_as_weight_only_int8(model, tmp_path):
