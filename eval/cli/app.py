@@ -178,8 +178,8 @@ def quantize(
 
 def _calibrated(source: "Source", layers: Collection[str], text: Path) -> "Convert":
     from rowint8.eval.console import progress
-    from rowint8.eval.quality.fidelity import read_text, token_windows
     from rowint8.eval.quantize import gptq
+    from rowint8.eval.quantize.text import read_text, token_windows
 
     windows = token_windows(source.folder, read_text(text), gptq.WINDOW, gptq.WINDOWS)
     if len(windows) < gptq.WINDOWS:

@@ -89,6 +89,7 @@ def fidelity(
     from rowint8.eval.quality import fidelity as job
     from rowint8.eval.quality import fidelity_setups
     from rowint8.eval.quantize.checkpoint import open_source
+    from rowint8.eval.quantize.text import read_text, token_windows
 
     source = open_source(existing_model(model))
     names = quantization or fidelity_setups.QUANTIZATIONS
@@ -98,7 +99,7 @@ def fidelity(
     setups = [fidelity_setups.rounded_setup(source, name) for name in names]
     setups += [fidelity_setups.stored_setup(folder) for folder in checkpoint or ()]
     setups += fidelity_setups.ablation_setups(source) if ablate else []
-    tokens = job.token_windows(model, job.read_text(text), window, windows)
+    tokens = token_windows(model, read_text(text), window, windows)
     with progress(err, "weights", len(setups) + 1) as advance:
         measured = job.Fidelity(model, fidelity_setups.original(source), tokens)
         advance()

@@ -5,7 +5,6 @@ are put into it. Of the original, its last hidden states are kept (fp32, hidden_
 logits are computed again a few tokens at a time: no array of tokens x vocabulary ever exists.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,38 +35,6 @@ class TokenScores:
     reference_nll: Tensor
     same_top1: Tensor
     """Whether both find the same token likeliest."""
-
-
-def read_text(path: Path) -> str:
-    """A text file as it is; of a .jsonl file the fields `page` or `text` of all lines, joined.
-
-    Raises:
-        EvalError: it cannot be read.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix != ".jsonl":
-            return text
-        rows = [json.loads(line) for line in text.splitlines() if line]
-        return "".join(row["page"] if "page" in row else row["text"] for row in rows)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = getattr(error, "strerror", None) or f"needs JSON objects with page or text ({error})"
-        raise EvalError(f"cannot read {path}: {reason}") from None
-
-
-def token_windows(folder: Path, text: str, window: int, limit: int) -> Tensor:
-    """The first `limit` windows of the text, int64 [n, window], without special tokens and without overlap.
-
-    Raises:
-        EvalError: the text is shorter than one window.
-    """
-    from transformers import AutoTokenizer
-
-    ids = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False, verbose=False).input_ids
-    count = min(limit, len(ids) // window)
-    if count == 0:
-        raise EvalError(f"the text has {len(ids)} tokens, less than one window of {window}; give a longer one")
-    return torch.tensor(ids[: count * window]).view(count, window)
 
 
 class Fidelity:
