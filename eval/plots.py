@@ -5,8 +5,8 @@ from functools import partial
 from pathlib import Path
 
 from rowint8.eval.errors import EvalError
+from rowint8.eval.models import FORMATS
 from rowint8.eval.plot_kernels import plot_kernels
-from rowint8.eval.report.memory import FORMATS
 from rowint8.eval.results.files import Results
 from rowint8.eval.results.schema import FidelityRow, GenerationRow, KernelRow
 

@@ -9,7 +9,8 @@ import typer
 
 from rowint8.eval.cli.output import Json, err, out, save, say, write
 from rowint8.eval.errors import EvalError
-from rowint8.eval.kernels.shapes import DEFAULT_MODEL, SHAPES, TOKENS, parse_tokens, select_shapes
+from rowint8.eval.kernels.shapes import SHAPES, TOKENS, parse_tokens, select_shapes
+from rowint8.eval.models import DEFAULT_MODEL
 
 COMPILE_TOKENS = (1, 16, 128, 2048)
 

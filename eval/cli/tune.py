@@ -8,7 +8,8 @@ import typer
 
 from rowint8.eval.cli.output import Json, err, out, write
 from rowint8.eval.errors import EvalError
-from rowint8.eval.kernels.shapes import DEFAULT_MODEL, SHAPES, TOKENS, parse_tokens, select_shapes
+from rowint8.eval.kernels.shapes import SHAPES, TOKENS, parse_tokens, select_shapes
+from rowint8.eval.models import DEFAULT_MODEL
 
 _COMPILING = 0.5
 """Of the time, at most this part is for compiling ahead."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rowint8.eval.errors import EvalError
+from rowint8.eval.models import DEFAULT_MODEL, MODELS
 from rowint8.eval.quantize.formats import packed_config
 
 
@@ -48,41 +49,6 @@ SETUPS = {
 """All in bf16 arithmetic. w8a16 is a compressed-tensors checkpoint, INT8 with one scale a row: it would have to be made
 first, so its weights are dummies whatever the model."""
 
-_LLAMA_3_1: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-
-
-def _llama(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, **more: Any) -> dict[str, Any]:
-    shape = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
-    return {**_LLAMA_3_1, **shape, "num_attention_heads": heads, "num_key_value_heads": kv_heads, **more}
-
-
-SHAPES = {
-    "llama-3.1-8b": _llama(4096, 14336, 32, 32, 8),
-    "llama-3.1-70b": _llama(8192, 28672, 80, 64, 8),
-    "tiny": _llama(128, 256, 2, 2, 2, vocab_size=512, bos_token_id=1, eos_token_id=2),
-}
-"""config.json of the models whose shape can be measured without their weights; "tiny" is for trying the command."""
-DEFAULT_SHAPE = "llama-3.1-8b"
-
 
 def choose_setups(names: str | None, known: Mapping[str, Setup] = SETUPS) -> list[str]:
     """The setups of a comma-separated list, or all that are known.
@@ -111,7 +77,7 @@ def model_folder(model: Path | None, config: str | None, layers: int | None) -> 
     """
     if model is None:
         with tempfile.TemporaryDirectory(prefix="rowint8-") as scratch:
-            write_shape(config or DEFAULT_SHAPE, Path(scratch), layers)
+            write_shape(config or DEFAULT_MODEL, Path(scratch), layers)
             yield Path(scratch), {"load_format": "dummy"}
         return
     if config or layers:
@@ -122,7 +88,7 @@ def model_folder(model: Path | None, config: str | None, layers: int | None) -> 
 
 
 def write_shape(config: str, folder: Path, layers: int | None = None) -> None:
-    """Writes into `folder` the config.json of one of SHAPES, or of a path to a config.json or its folder.
+    """Writes into `folder` the config.json of one of MODELS, or of a path to a config.json or its folder.
 
     Args:
         layers: depth instead of the model's own.
@@ -130,7 +96,7 @@ def write_shape(config: str, folder: Path, layers: int | None = None) -> None:
     Raises:
         EvalError: there is no such shape or file, or the depth cannot be cut.
     """
-    shape = dict(SHAPES[config]) if config in SHAPES else _read_config(Path(config))
+    shape = dict(MODELS[config]) if config in MODELS else _read_config(Path(config))
     if layers is not None:
         if not isinstance(shape.get("num_hidden_layers"), int):
             raise EvalError(f"--layers: {config} has no num_hidden_layers")
@@ -145,6 +111,6 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text())
     except OSError:
-        raise EvalError(f"--config is {path}; accepted are {', '.join(SHAPES)} and the path of a config.json") from None
+        raise EvalError(f"--config is {path}; accepted are {', '.join(MODELS)} and the path of a config.json") from None
     except ValueError as error:
         raise EvalError(f"{file} is not JSON: {error}") from None

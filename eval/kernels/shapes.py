@@ -3,6 +3,7 @@
 from typing import Literal, NamedTuple
 
 from rowint8.eval.errors import EvalError
+from rowint8.eval.models import DEFAULT_MODEL, MODELS, layer_weights
 
 Op = Literal["linear", "swiglu", "add_rms_norm"]
 
@@ -18,30 +19,28 @@ class Shape(NamedTuple):
     ops: tuple[Op, ...] = ("linear",)
 
 
-def _layer(qkv: tuple[int, int], o: tuple[int, int], gate_up: tuple[int, int], down: tuple[int, int]) -> list[Shape]:
-    """What a decoder layer multiplies by; q, k, v and gate, up are stacked."""
-    products = [Shape("qkv", *qkv), Shape("o", *o), Shape("gate_up", *gate_up, ("linear", "swiglu"))]
-    hidden = down[0]
-    return [*products, Shape("down", *down), Shape(f"h{hidden}", hidden, hidden, ("add_rms_norm",))]
+_TIMED = {"llama-3.1-8b": 1, "qwen2.5-0.5b": 1, "qwen2.5-1.5b": 1, "llama-3.1-70b": 8}
+"""Model to the GPUs that share it; one of them holds the shapes."""
 
 
-_MODELS = {
-    "llama-3.1-8b": _layer(qkv=(6144, 4096), o=(4096, 4096), gate_up=(28672, 4096), down=(4096, 14336)),
-    "qwen2.5-0.5b": _layer(qkv=(1152, 896), o=(896, 896), gate_up=(9728, 896), down=(896, 4864)),
-    "qwen2.5-1.5b": _layer(qkv=(2048, 1536), o=(1536, 1536), gate_up=(17920, 1536), down=(1536, 8960)),
-    "llama-3.1-70b-tp8": _layer(qkv=(1280, 8192), o=(8192, 1024), gate_up=(7168, 8192), down=(8192, 3584)),
-}
-"""The last as one of 8 GPUs holds it (tensor parallelism)."""
-
-DEFAULT_MODEL = "llama-3.1-8b"
+def _layer(model: str, prefix: str) -> list[Shape]:
+    """What a decoder layer multiplies by, and its norm."""
+    config = MODELS[model]
+    hidden = config["hidden_size"]
+    products = [
+        Shape(prefix + name, n, k, ("linear", "swiglu") if name == "gate_up" else ("linear",))
+        for name, (n, k) in layer_weights(config, _TIMED[model]).items()
+    ]
+    return [*products, Shape(f"{prefix}h{hidden}", hidden, hidden, ("add_rms_norm",))]
 
 
 def _named() -> dict[str, list[Shape]]:
     sets: dict[str, list[Shape]] = {}
-    for model, layer in _MODELS.items():
-        prefix = "" if model == DEFAULT_MODEL else f"{model}/"
-        sets[model] = [shape._replace(name=prefix + shape.name) for shape in layer]
-    sets["lm_head"] = [Shape("lm_head", 128256, 4096)]
+    for model, ranks in _TIMED.items():
+        name = model if ranks == 1 else f"{model}-tp{ranks}"
+        sets[name] = _layer(model, "" if model == DEFAULT_MODEL else f"{name}/")
+    default = MODELS[DEFAULT_MODEL]
+    sets["lm_head"] = [Shape("lm_head", default["vocab_size"], default["hidden_size"])]
     return sets | {shape.name: [shape] for layer in list(sets.values()) for shape in layer}
 
 

@@ -13,12 +13,13 @@ from typing import Any
 
 from rowint8.eval.errors import EvalError
 from rowint8.eval.markdown import TBD, fill, folded, number, table
+from rowint8.eval.models import MODELS, embedding_bytes
 from rowint8.eval.plots import pictures
 from rowint8.eval.quality.agreement import compared
 from rowint8.eval.report.checks import check_all, read_ceilings
 from rowint8.eval.report.engine import engine_table
 from rowint8.eval.report.kernels import compiler_table, kernel_section, limits, short_table, tallies
-from rowint8.eval.report.memory import embedding_bytes, memory_section
+from rowint8.eval.report.memory import memory_section
 from rowint8.eval.report.profile import parts_table, profile_section
 from rowint8.eval.report.quality import fidelity_line, fidelity_table, quality_summary, quality_table
 from rowint8.eval.report.vllm import vllm_table
@@ -248,10 +249,8 @@ def _gaps(found: Found) -> str:
 
 
 def _gap_cells(stem: str, row: GenerationRow, rows: Sequence[GenerationRow], read_tb_s: float | None) -> list[str]:
-    from rowint8.eval.engines.setups import SHAPES
-
     tpot = row.tpot_ms or 0.0
-    read = row.weights_gib * GIB - embedding_bytes(SHAPES["llama-3.1-8b"])
+    read = row.weights_gib * GIB - embedding_bytes(MODELS["llama-3.1-8b"])
     least = read / read_tb_s / 1e9 if read_tb_s else None
     peer = "vllm bf16" if "bf16" in row.setup else "vllm rowint8"
     vllm = next((other.tpot_ms for other in rows if _role(other) == peer), None) if row.engine == "baseline" else None

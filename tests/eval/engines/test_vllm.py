@@ -16,7 +16,7 @@ from rowint8.eval.cli import app as cli
 from rowint8.eval.engines import setups as bench_vllm_setups
 from rowint8.eval.engines import vllm as bench_vllm
 from rowint8.eval.engines.probe import Compilations, storage_bytes, weight_bytes
-from rowint8.eval.engines.setups import SETUPS, SHAPES, Setup, choose_setups, model_folder, write_shape
+from rowint8.eval.engines.setups import SETUPS, Setup, choose_setups, model_folder, write_shape
 from rowint8.eval.engines.vllm import (
     DEFAULT_WORKLOADS,
     Workload,
@@ -30,6 +30,7 @@ from rowint8.eval.engines.vllm import (
 )
 from rowint8.eval.engines.vllm_worker import generate, random_prompts
 from rowint8.eval.errors import EvalError
+from rowint8.eval.models import MODELS
 from rowint8.eval.results.files import read_results
 from rowint8.eval.results.schema import GIB, GenerationRow, VllmRow
 
@@ -160,7 +161,7 @@ def test_help_names_every_setup_workload_and_shape(monkeypatch):
     shown = CliRunner().invoke(cli.app, ["bench", "vllm", "--help"]).stdout
     assert ", ".join(SETUPS) in shown
     assert DEFAULT_WORKLOADS in shown
-    assert ", ".join(SHAPES) in shown
+    assert ", ".join(MODELS) in shown
     assert "Example: rowint8 bench vllm" in shown
 
 
@@ -177,7 +178,15 @@ def test_options_of_the_rowint8_setups_are_those_of_the_plugin():
     assert not any(config.serialized for config in configs.values())
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("llama-3.1-8b", 8_030_261_248), ("llama-3.1-70b", 70_553_706_496)])
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama-3.1-8b", 8_030_261_248),
+        ("llama-3.1-70b", 70_553_706_496),
+        ("qwen2.5-0.5b", 494_032_768),
+        ("qwen2.5-1.5b", 1_543_714_304),
+    ],
+)
 def test_shapes_are_those_of_the_published_models(tmp_path, name, parameters):
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -377,7 +386,7 @@ def test_a_real_run_keeps_the_rows_of_the_setups_that_work(tmp_path, monkeypatch
 
 def tiny_weights(linear_bytes: int, row_bytes: int) -> int:
     """Bytes of the shape "tiny" in bf16, with other sizes for a linear layer's weights and for each of its rows."""
-    shape = SHAPES["tiny"]
+    shape = MODELS["tiny"]
     hidden, intermediate, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
     matrices = [(3 * hidden, hidden), (hidden, hidden), (2 * intermediate, hidden), (hidden, intermediate)]
     layer = sum(n * k * linear_bytes + n * row_bytes for n, k in matrices) + 2 * hidden * 2

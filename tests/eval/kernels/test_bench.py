@@ -15,7 +15,8 @@ from rowint8.eval.kernels import plain as plain
 from rowint8.eval.kernels.bench import KernelBench, check_agrees
 from rowint8.eval.kernels.budget import Budget
 from rowint8.eval.kernels.inductor import MODES, compile_logged
-from rowint8.eval.kernels.shapes import DEFAULT_MODEL, SHAPES, Shape, parse_tokens, select_shapes
+from rowint8.eval.kernels.shapes import SHAPES, Shape, parse_tokens, select_shapes
+from rowint8.eval.models import DEFAULT_MODEL
 from rowint8.kernels import reference
 from rowint8.kernels.quantize import Int8Weight, dequantize, quantize_rowwise
 

@@ -10,11 +10,11 @@ import pytest
 from rowint8.eval.errors import EvalError
 from rowint8.eval.kernels.table import best_peer
 from rowint8.eval.markdown import fill, table
+from rowint8.eval.models import weight_bytes
 from rowint8.eval.plots import pictures
 from rowint8.eval.processes import console_script
 from rowint8.eval.report.document import documents, parts, read_folder, report
 from rowint8.eval.report.kernels import compiler_table, lost_cells, tallies
-from rowint8.eval.report.memory import weight_bytes
 from rowint8.eval.results.environment import describe_environment
 from rowint8.eval.results.files import Results, read_results, write_results
 from rowint8.eval.results.schema import (

@@ -1,0 +1,103 @@
+"""The models that are measured, as their config.json describes them, and the arithmetic on their sizes."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Config = Mapping[str, Any]
+"""A config.json of the Llama kind."""
+
+_LLAMA_3_1: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+_QWEN_2_5: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+
+
+def _shaped(
+    family: Config, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, **more: Any
+) -> dict[str, Any]:
+    shape = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
+    return {**family, **shape, "num_attention_heads": heads, "num_key_value_heads": kv_heads, **more}
+
+
+MODELS = {
+    "llama-3.1-8b": _shaped(_LLAMA_3_1, 4096, 14336, 32, 32, 8),
+    "llama-3.1-70b": _shaped(_LLAMA_3_1, 8192, 28672, 80, 64, 8),
+    "qwen2.5-0.5b": _shaped(_QWEN_2_5, 896, 4864, 24, 14, 2),
+    "qwen2.5-1.5b": _shaped(_QWEN_2_5, 1536, 8960, 28, 12, 2, max_position_embeddings=131072),
+    "tiny": _shaped(_LLAMA_3_1, 128, 256, 2, 2, 2, vocab_size=512, bos_token_id=1, eos_token_id=2),
+}
+"""config.json of each model; "tiny" is for trying a command."""
+DEFAULT_MODEL = "llama-3.1-8b"
+
+FORMATS: dict[str, Callable[[int, int], int]] = {
+    "bf16": lambda n, k: 2 * n * k,
+    "rowint8": lambda n, k: n * k + 2 * n,
+    "int8-group32": lambda n, k: n * k + 2 * n * -(-k // 32),
+    "fp8-row": lambda n, k: n * k + 4 * n,
+}
+"""Format to the bytes of an [N, K] linear weight and its scales."""
+
+
+def layer_weights(config: Config, ranks: int = 1) -> dict[str, tuple[int, int]]:
+    """[N, K] of each linear weight in a decoder layer; q, k, v are stacked, as are gate and up.
+
+    Args:
+        ranks: GPUs that share the model by tensor parallelism; the sizes are those on one of them.
+    """
+    hidden, intermediate = config["hidden_size"], config["intermediate_size"] // ranks
+    head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
+    q, kv = (config[f"num_{kind}_heads"] // ranks * head_dim for kind in ("attention", "key_value"))
+    return {
+        "qkv": (q + 2 * kv, hidden),
+        "o": (hidden, q),
+        "gate_up": (2 * intermediate, hidden),
+        "down": (hidden, intermediate),
+    }
+
+
+def weight_bytes(config: Config, form: str, lm_head: bool = False) -> int:
+    """Bytes of all weights: linear layers in the format, embedding, norms and (unless `lm_head`) the head in bf16.
+
+    Args:
+        config: a model without biases.
+        lm_head: store the head, where it is not tied to the embedding, in the format too.
+    """
+    hidden, vocab, layers = config["hidden_size"], config["vocab_size"], config["num_hidden_layers"]
+    size = FORMATS[form]
+    head = 0 if config["tie_word_embeddings"] else (size if lm_head else FORMATS["bf16"])(vocab, hidden)
+    linear = layers * sum(size(n, k) for n, k in layer_weights(config).values())
+    return linear + head + embedding_bytes(config) + 2 * hidden * (2 * layers + 1)
+
+
+def embedding_bytes(config: Config) -> int:
+    """Bytes of the embedding table in bf16, of which a step reads only its tokens' rows."""
+    return 2 * config["vocab_size"] * config["hidden_size"]
