@@ -1,0 +1,61 @@
+"""Writes a file whole or not at all, wherever its name leads."""
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from rowint8.eval.errors import EvalError
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Writes `content` (text as UTF-8), and makes the folders above it.
+
+    A file appears whole or not at all. One that exists keeps its mode, a new one has the umask's. A link stays: what it
+    points to is written. A device, a pipe and the file that stdout or stderr goes to are written into.
+
+    Raises:
+        EvalError: it cannot be written, or the disk is full. A file is then as it was.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        if _is_stream(path):
+            _append(path, data)
+        else:
+            _replace(Path(os.path.realpath(path)), data)
+    except OSError as error:
+        raise EvalError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _is_stream(path: Path) -> bool:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return False
+    return not stat.S_ISREG(found.st_mode) or any(_is_open_as(descriptor, found) for descriptor in (1, 2))
+
+
+def _is_open_as(descriptor: int, found: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), found)
+    except OSError:  # closed
+        return False
+
+
+def _append(path: Path, data: bytes) -> None:
+    """Fails at a pipe that nobody reads, rather than wait for a reader."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK)
+    os.set_blocking(descriptor, True)
+    with open(descriptor, "wb") as stream:
+        stream.write(data)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".rowint8-") as scratch:
+        whole = Path(scratch) / "whole"
+        whole.write_bytes(data)
+        if path.exists():
+            path.open("r+b").close()  # an error where it must not be written
+            whole.chmod(stat.S_IMODE(path.stat().st_mode))
+        whole.replace(path)
