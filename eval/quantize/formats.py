@@ -13,25 +13,25 @@ plugin, transformers and others (where they compute in bf16 they round the scale
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from rowint8.kernels.quantize import Int8Weight
+    from rowint8.kernels.quantize import Int8Weight
 
 
 @dataclass(frozen=True)
 class CheckpointFormat:
     """One way of writing INT8 weights down."""
 
-    tensors: Callable[[str, Int8Weight], dict[str, Tensor]]
+    tensors: Callable[[str, "Int8Weight"], "dict[str, Tensor]"]
     """(layer name, weight) -> the layer's tensors by their names in the file."""
     config: Callable[[Sequence[str]], dict[str, Any]]
     """Names of the linear layers that stay unquantized -> `quantization_config`."""
 
 
-def rowint8_tensors(layer: str, weight: Int8Weight) -> dict[str, Tensor]:
+def rowint8_tensors(layer: str, weight: "Int8Weight") -> "dict[str, Tensor]":
     return {f"{layer}.weight": weight.values, f"{layer}.weight_scale": weight.scale}
 
 
@@ -39,7 +39,8 @@ def rowint8_config(ignore: Sequence[str]) -> dict[str, Any]:
     return {"quant_method": "rowint8", **({"ignore": list(ignore)} if ignore else {})}
 
 
-def packed_tensors(layer: str, weight: Int8Weight) -> dict[str, Tensor]:
+def packed_tensors(layer: str, weight: "Int8Weight") -> "dict[str, Tensor]":
+    import torch
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     return {
