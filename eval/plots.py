@@ -8,7 +8,7 @@ from rowint8.eval.errors import EvalError
 from rowint8.eval.models import FORMATS
 from rowint8.eval.plot_kernels import plot_kernels
 from rowint8.eval.results.files import Results
-from rowint8.eval.results.schema import FidelityRow, GenerationRow, KernelRow
+from rowint8.eval.results.schema import FidelityRow, Generation, KernelRow
 
 _MOST_SHAPES = 6
 """In a picture of kernels: a layer's, or what one can read."""
@@ -26,7 +26,7 @@ def pictures(found: Mapping[str, Results]) -> dict[str, Callable[[Path], None]]:
             drawn[f"{stem}.svg"] = partial(plot_kernels, results)
         if isinstance(first, FidelityRow):
             drawn[f"{stem}-kl.svg"] = partial(_save, partial(_kl, results.rows))
-        if isinstance(first, GenerationRow):
+        if isinstance(first, Generation):
             if len(ladder := [row for row in results.rows if row.batch == 1 and row.output_tokens > 1]) > 1:
                 drawn[f"{stem}-setups.svg"] = partial(_save, partial(_setups, ladder, results.environment.device))
             swept = _widest_sweep(results.rows)
@@ -35,16 +35,16 @@ def pictures(found: Mapping[str, Results]) -> dict[str, Callable[[Path], None]]:
     return drawn
 
 
-def _widest_sweep(rows: Sequence[GenerationRow]) -> list[GenerationRow]:
+def _widest_sweep(rows: Sequence[Generation]) -> list[Generation]:
     """The rows of the prompt and output lengths that were measured at most batch sizes."""
-    sweeps: dict[tuple[int, int], list[GenerationRow]] = {}
+    sweeps: dict[tuple[int, int], list[Generation]] = {}
     for row in rows:
         sweeps.setdefault((row.prompt_tokens, row.output_tokens), []).append(row)
     return max(sweeps.values(), key=lambda alike: len({row.batch for row in alike}))
 
 
-def _batches(rows: Sequence[GenerationRow], device: str, axes) -> None:
-    setups: dict[str, list[GenerationRow]] = {}
+def _batches(rows: Sequence[Generation], device: str, axes) -> None:
+    setups: dict[str, list[Generation]] = {}
     for row in rows:
         setups.setdefault(f"{row.engine} {row.setup}", []).append(row)
     for label, alike in setups.items():
@@ -55,7 +55,7 @@ def _batches(rows: Sequence[GenerationRow], device: str, axes) -> None:
     axes.legend(fontsize=7)
 
 
-def _setups(rows: Sequence[GenerationRow], device: str, axes) -> None:
+def _setups(rows: Sequence[Generation], device: str, axes) -> None:
     labels = [f"{row.engine} {row.setup}, {row.prompt_tokens} + {row.output_tokens}" for row in rows]
     bars = axes.barh(labels, [row.tok_s for row in rows])
     axes.bar_label(bars, [f"{row.tok_s:.1f} ({row.tok_s / rows[0].tok_s:.2f}x)" for row in rows], fontsize=7, padding=2)

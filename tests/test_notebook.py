@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from rowint8.eval.markdown import TBD
 from rowint8.eval.results.files import Results, read_results
-from rowint8.eval.results.schema import FidelityRow, GenerationRow, QualityRow
+from rowint8.eval.results.schema import GenerationRow
 
 NOTEBOOK = Path(__file__).parent.parent / "docs" / "capstone.ipynb"
 LAST_CELL = "import json; print(json.dumps([quantized.nbytes, gate.nbytes, float(steps.max()), relative_error]))"
@@ -48,7 +48,7 @@ def test_a_matrix_takes_half_of_its_bytes(executed):
 
 
 def test_the_engines_rows_are_complete(executed):
-    rows = read_results(executed[1] / "results" / "demo-cpu.json", GenerationRow).rows
+    rows = read_results(executed[1] / "results" / "demo-cpu.json").rows
     assert [row.setup for row in rows] == ["bf16-eager", "bf16-compile", "int8-eager", "int8-fused-eager"]
     assert all(row.tpot_ms is not None and row.output_tokens == 16 for row in rows)
     assert rows[0].weights_gib == rows[1].weights_gib > 1.6 * rows[2].weights_gib
@@ -56,14 +56,14 @@ def test_the_engines_rows_are_complete(executed):
 
 
 def test_int8_moves_the_model_a_little(executed):
-    plain, int8 = read_results(executed[1] / "results" / "fidelity-smollm2.json", FidelityRow).rows
+    plain, int8 = read_results(executed[1] / "results" / "fidelity-smollm2.json").rows
     assert (plain.setup, plain.kl_mean, int8.setup) == ("unquantized", 0.0, "rowint8")
     assert 1e-4 < int8.kl_mean < 0.02
     assert int8.tokens == 2 * 127
 
 
 def test_both_models_answer_the_same_questions(executed):
-    rows = read_results(executed[1] / "results" / "quality-smollm2.json", QualityRow).rows
+    rows = read_results(executed[1] / "results" / "quality-smollm2.json").rows
     assert {(row.metric, row.setup) for row in rows} == {
         (metric, setup) for metric in ("acc", "acc_norm", "logprob") for setup in ("unquantized", "rowint8")
     }

@@ -79,20 +79,18 @@ def plot_kernels(
     """
     from rowint8.eval.plot_kernels import plot_kernels as draw
     from rowint8.eval.results.files import read_results
-    from rowint8.eval.results.schema import KernelRow
 
-    draw(read_results(results, KernelRow), picture)
+    draw(read_results(results), picture)
     err.print(f"wrote {picture}", highlight=False)
 
 
 def _keep(path: Path | None, rows: list, ceilings) -> None:
     """Writes what is measured so far. The environment is looked up once, for the first row: that takes a second."""
     from rowint8.eval.results.files import read_results, write_results
-    from rowint8.eval.results.schema import KernelRow
 
     if path is None:
         return
     if len(rows) == 1:
         save(path, rows, ceilings)
     else:
-        write_results(path, replace(read_results(path, KernelRow), rows=tuple(rows)))
+        write_results(path, replace(read_results(path), rows=tuple(rows)))

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.console import Console, RenderableType
@@ -91,7 +91,9 @@ class Kept:
         from rowint8.eval.results.environment import describe_environment
         from rowint8.eval.results.files import read_results
 
-        earlier: Any = read_results(path, row_type)
+        earlier = read_results(path)
+        if not isinstance(earlier.rows[0], row_type):
+            raise EvalError(f"{path} holds rows of kind {earlier.rows[0].kind}, which this command does not write")
         if changed := _differences(earlier.environment, describe_environment()):
             raise EvalError(f"{path} was measured elsewhere, so nothing is appended: {changed}")
         self._earlier, self._after = earlier.rows, earlier.command

@@ -10,15 +10,12 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-PARTS: tuple[str, ...] = ("matmul", "attention", "norm", "elementwise", "sampling", "copies", "other", "gaps")
-"""matmul: products with a weight, dequantization and what is fused into them included. norm: RMSNorm and what is fused
-into it. elementwise: all other arithmetic on activations (RoPE, SiLU, sums), and new keys and values on their way into
-the cache. copies: moves and casts, gathers and embeddings. gaps: none of these ran (see `step_profile_worker`)."""
+from rowint8.eval.results.schema import PARTS
 
 _KERNELS = {
     "attention": r"(?<!reshape_and_cache_)flash|fmha|attention|attn|sdpa",
     "sampling": r"arg_?max|top_?[kp]|sort|softmax|multinomial|cumsum|scan|searchsorted|sampl",
-    "matmul": r"_(linear|swiglu)_(one_token|many_tokens)|^hopper_kernel|^few_tokens_kernel"
+    "matmul": r"^(one_token|few_tokens|many_tokens|hopper)_kernel"
     r"|nvjet|gemm|gemv|matmul|splitkreduce|cutlass|marlin|machete|^triton_tem|^triton_(red|per)_.*_(add)?mm_",
     "norm": r"norm|rsqrt",
     "copies": r"memcpy|memset|copy_kernel|gather|index_?select|catarray",

@@ -163,7 +163,7 @@ def row_of(name: str, rate: float, load: Load, result: Mapping[str, Any], comman
             f"{name} at {rate:g} requests/s: {failed} of {result['num_prompts']} requests failed, "
             f"{result['total_output_tokens']} output tokens came{_first_error(result)}"
         )
-    percentiles = {
+    percentiles: dict[str, Any] = {
         f"{metric}_ms": {p: result[f"{p}_{metric}_ms"] for p in ("p50", "p99")} for metric in ("ttft", "tpot", "itl")
     }
     return ServeRow(

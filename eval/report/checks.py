@@ -12,7 +12,7 @@ from rowint8.eval.results.schema import (
     AgreementRow,
     Ceilings,
     FidelityRow,
-    GenerationRow,
+    Generation,
     KernelRow,
     ProfileRow,
     QualityRow,
@@ -57,7 +57,7 @@ def read_ceilings(found: Mapping[str, Results]) -> dict[str, float]:
 def _problems(row, results: Results, read_tb_s: float | None) -> Iterator[str]:
     if isinstance(row, KernelRow):
         yield from _kernel(row, results.ceilings)
-    elif isinstance(row, GenerationRow):
+    elif isinstance(row, Generation):
         yield from _generation(row, read_tb_s)
     elif isinstance(row, ServeRow):
         yield from _serve(row)
@@ -86,7 +86,7 @@ def _kernel(row: KernelRow, ceilings: Ceilings | None) -> Iterator[str]:
             yield f"{name} takes {us:.1f} us, less than the {limit:.1f} us that the card's ceilings allow"
 
 
-def _generation(row: GenerationRow, read_tb_s: float | None) -> Iterator[str]:
+def _generation(row: Generation, read_tb_s: float | None) -> Iterator[str]:
     wall = row.batch * row.output_tokens / row.tok_s * 1000
     end = row.ttft_ms + (row.tpot_ms or 0.0) * (row.output_tokens - 1)
     if end > wall * _TIME_SLACK or (row.batch == 1 and wall > end * _TIME_SLACK):

@@ -1,15 +1,11 @@
 """results/*.json as Markdown: REPORT.md, and the generated parts of other documents. Measures nothing.
 
-What is not measured is printed as TBD. The kind of a file's rows is told by their keys, so new files of a known kind
-need no change here.
+What is not measured is printed as TBD. New files of a known kind need no change here.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
 
 from rowint8.eval.errors import EvalError
 from rowint8.eval.markdown import TBD, fill, folded, number, table
@@ -23,14 +19,13 @@ from rowint8.eval.report.memory import memory_section
 from rowint8.eval.report.profile import parts_table, profile_section
 from rowint8.eval.report.quality import fidelity_line, fidelity_table, quality_summary, quality_table
 from rowint8.eval.report.vllm import vllm_table
-from rowint8.eval.results import schema
 from rowint8.eval.results.files import Results, read_results
 from rowint8.eval.results.schema import (
     GIB,
     AgreementRow,
     EngineRow,
     FidelityRow,
-    GenerationRow,
+    Generation,
     KernelRow,
     Measured,
     ProfileRow,
@@ -45,7 +40,6 @@ _SPREADS = {"ttft_ms": "TTFT", "tok_s": "tok/s"}
 _LLAMA_FILES = ("engine-h200", "vllm-h200", "engine-h100", "vllm-h100")
 """Of Llama-3.1-8B's shape."""
 _DOCUMENTS = ("README.md", "POSTMORTEM.md", "docs/engine.md", "docs/vllm.md")
-_KINDS: list[Any] = [kind for name, kind in vars(schema).items() if name.endswith("Row") and is_dataclass(kind)]
 OURS = ("baseline bf16", "baseline int8", "baseline int8-fused")
 _PRODUCTION = ("vllm bf16", "vllm rowint8")
 _CAPSTONE = {
@@ -64,20 +58,11 @@ def read_folder(folder: Path) -> dict[str, Results]:
     Raises:
         EvalError: there is none, or one is not of the form in `schema` or holds what cannot be.
     """
-    found = {path.stem: read_results(path, _kind(path)) for path in sorted(folder.glob("*.json"))}
+    found = {path.stem: read_results(path) for path in sorted(folder.glob("*.json"))}
     if not found:
         raise EvalError(f"{folder} has no result files; `rowint8 demo --json {folder}/demo.json` makes one")
     check_all(found)
     return found
-
-
-def _kind(path: Path) -> type:
-    """The row type whose fields are nearest to the keys of the file's first row."""
-    try:
-        keys = set(json.loads(path.read_bytes())["rows"][0])
-    except (OSError, ValueError, LookupError, TypeError):
-        keys = set()  # reading it as whatever kind says what is wrong
-    return min(_KINDS, key=lambda kind: len({field.name for field in fields(kind)} ^ keys))
 
 
 def documents(folder: Path, found: Found) -> dict[Path, str]:
@@ -141,13 +126,13 @@ def _chapters(found: Found, kind: type, section, expected: str) -> str:
 
 
 def _engines(found: Found) -> str:
-    files = {stem: found.get(stem) for stem in _CAPSTONE} | _of_kind(found, GenerationRow)
+    files = {stem: found.get(stem) for stem in _CAPSTONE} | _of_kind(found, Generation)
     chapters = [f"### {stem}\n\n{engine_chapter(found, _CAPSTONE.get(stem, ()))}\n" for stem, found in files.items()]
     note = "baseline: the small engine of this repository; x: tok/s over the first line's of the same batch and tokens."
     return "\n".join([note, "", *chapters])
 
 
-def engine_chapter(results: Results[GenerationRow] | None, wanted: Sequence[str]) -> str:
+def engine_chapter(results: Results[Generation] | None, wanted: Sequence[str]) -> str:
     """Where, by what, and a line a row; the wanted setups that are missing, such as OURS, are lines of TBD."""
     rows = results.rows if results else ()
     present = {_role(row) for row in rows}
@@ -161,12 +146,12 @@ def engine_chapter(results: Results[GenerationRow] | None, wanted: Sequence[str]
     return source + table(heading, lines)
 
 
-def _role(row: GenerationRow) -> str:
+def _role(row: Generation) -> str:
     """The engine and setup without its mode, such as "baseline int8-fused"."""
     return re.sub("-(eager|compile|graph)$", "", f"{row.engine} {row.setup}")
 
 
-def _engine_cells(row: GenerationRow, first: GenerationRow) -> list[str]:
+def _engine_cells(row: Generation, first: Generation) -> list[str]:
     counts = [str(n) for n in (row.batch, row.prompt_tokens, row.output_tokens)]
     gaps = f"ITL {row.itl_ms:.2f} ms, TPOT {row.tpot_ms:.2f} ms, " if row.itl_ms and row.tpot_ms else ""
     notes = f"{gaps}weights {row.weights_gib:.3f} GiB, {row.tok_s / first.tok_s:.2f}x"
@@ -182,7 +167,7 @@ def _engine_cells(row: GenerationRow, first: GenerationRow) -> list[str]:
 
 def _pp_tg(found: Found) -> str:
     lines = []
-    for stem, results in _of_kind(found, GenerationRow).items():
+    for stem, results in _of_kind(found, Generation).items():
         for row in results.rows:
             setup = [stem, f"{row.engine} {row.setup}", number(row.weights_gib, 3), str(row.batch)]
             if row.output_tokens == 1 or row.batch == 1:
@@ -193,7 +178,7 @@ def _pp_tg(found: Found) -> str:
     return table(["file", "setup", "weights GiB", "batch", "test", "t/s"], lines or [[TBD] * 6]) + note
 
 
-def _prompts_s(row: GenerationRow) -> float:
+def _prompts_s(row: Generation) -> float:
     return row.tok_s if row.output_tokens == 1 else 1000 / row.ttft_ms
 
 
@@ -248,7 +233,7 @@ def _gaps(found: Found) -> str:
     return table(["file", "setup", "TPOT ms", "reading the weights, ms", "x that", "x vLLM's"], lines)
 
 
-def _gap_cells(stem: str, row: GenerationRow, rows: Sequence[GenerationRow], read_tb_s: float | None) -> list[str]:
+def _gap_cells(stem: str, row: Generation, rows: Sequence[Generation], read_tb_s: float | None) -> list[str]:
     tpot = row.tpot_ms or 0.0
     read = row.weights_gib * GIB - embedding_bytes(MODELS["llama-3.1-8b"])
     least = read / read_tb_s / 1e9 if read_tb_s else None

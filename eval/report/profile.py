@@ -6,8 +6,7 @@ from rich.table import Table
 
 from rowint8.eval import markdown
 from rowint8.eval.console import compact_table
-from rowint8.eval.engines.parts import PARTS
-from rowint8.eval.results.schema import ProfileRow
+from rowint8.eval.results.schema import PARTS, ProfileRow
 
 _COLUMNS = 4
 _CASE = ["setup", "batch", "context"]

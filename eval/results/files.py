@@ -1,13 +1,12 @@
 """The form of every result file: where it was measured, by which command, and rows of one kind.
 
-    {"environment": {...}, "command": "rowint8 demo --json out.json", "rows": [{...}, ...]}
+    {"environment": {...}, "command": "rowint8 demo --json out.json", "rows": [{"kind": "generation", ...}, ...]}
 
 Reading a file checks all of it against `schema`: unknown and missing keys, wrong types, NaN and values out of range are
 errors that name the place.
 """
 
-import os
-import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -15,7 +14,8 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from rowint8.eval.errors import EvalError
-from rowint8.eval.results.schema import CHECKED, Ceilings, Count, Name
+from rowint8.eval.results.schema import CHECKED, Ceilings, Count, Name, Row
+from rowint8.eval.writing import write_file
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
@@ -38,72 +38,68 @@ class Environment:
     transformers: Name
     vllm: Name | None
     git_commit: Name | None
-    """Of the code that measured; None where it does not run from a git checkout."""
+    """The code that measured; None where it does not run from a git checkout."""
     git_dirty: bool | None
     """Whether tracked files differ from that commit."""
 
 
-Row = TypeVar("Row")
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
-class Results(Generic[Row]):
+class Results(Generic[Kind]):
     """A result file."""
 
     environment: Environment
     command: Name
-    rows: tuple[Row, ...]
-    """At least one."""
+    rows: tuple[Kind, ...]
+    """At least one, all of one kind."""
     ceilings: Annotated[Ceilings | None, Field(exclude_if=lambda value: value is None)] = None
     """With kernel rows; absent from other files."""
 
     @model_validator(mode="after")
-    def _not_empty(self) -> "Results[Row]":
-        if not self.rows:
-            raise ValueError("rows is empty")
+    def _one_kind(self) -> "Results[Kind]":
+        kinds = list(dict.fromkeys(type(row).__name__ for row in self.rows))
+        if len(kinds) != 1:
+            raise ValueError(f"rows are of several kinds: {', '.join(kinds)}" if kinds else "rows is empty")
         return self
 
 
-def write_results(path: Path, results: Results[Row]) -> None:
-    """Writes `results` as JSON; the file appears whole or not at all.
+def write_results(path: Path, results: Results) -> None:
+    """Writes `results` as JSON.
 
     Raises:
-        EvalError: the folder cannot be written to.
+        EvalError: `write_file` cannot.
     """
-    text = _adapter(type(results.rows[0])).dump_json(results, indent=2)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-            whole = Path(scratch) / path.name
-            whole.write_bytes(text + b"\n")
-            os.replace(whole, path)
-    except OSError as error:
-        raise EvalError(f"cannot write {path}: {error.strerror}") from None
+    write_file(path, _adapter().dump_json(results, indent=2) + b"\n")
 
 
-def read_results(path: Path, row_type: type[Row]) -> Results[Row]:
-    """Reads a result file whose rows are of `row_type`.
+def read_results(path: Path) -> Results[Any]:
+    """Reads a result file of any kind.
 
     Raises:
         EvalError: the file cannot be read, or is not of this form; the message names the first wrong place.
     """
     try:
-        return _adapter(row_type).validate_json(path.read_bytes())
+        return _adapter().validate_json(path.read_bytes())
     except OSError as error:
         raise EvalError(f"cannot read {path}: {error.strerror}") from None
     except ValidationError as error:
         raise EvalError(f"{path}: {_first_problem(error)}") from None
 
 
-def _adapter(row_type: type) -> TypeAdapter[Any]:
-    results: Any = Results  # type checkers know no type that is only known at run time
-    return TypeAdapter(results[row_type])
+@cache
+def _adapter() -> TypeAdapter[Results[Any]]:
+    return TypeAdapter(Results[Row])
 
 
 def _first_problem(error: ValidationError) -> str:
     """Such as "rows.3.ttft_ms: Input should be greater than 0 (given: -1.0; 2 more problems)"."""
     first = error.errors(include_url=False, include_context=False)[0]
-    place = ".".join(str(part) for part in first["loc"]) or "the file"
+    location = first["loc"]
+    if location[:1] == ("rows",):
+        location = location[:2] + location[3:]  # the third is the row's kind
+    place = ".".join(str(part) for part in location) or "the file"
     given = repr(first["input"])
     shown = given if len(given) <= 60 else given[:57] + "..."
     more = f"; {error.error_count() - 1} more" if error.error_count() > 1 else ""

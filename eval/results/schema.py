@@ -1,15 +1,13 @@
-"""What the rows of result files hold, a class for each kind; the file around them is in `result_files`.
+"""What the rows of result files hold, a class for each kind; `files` describes the file around them.
 
-What TTFT, ITL, TPOT, tok/s and peak memory mean is defined in `rowint8.baseline_engine.metrics`; here they only have
-names, units (ms, tokens per second, GiB = 2^30 bytes) and limits.
+`rowint8.baseline_engine.metrics` defines TTFT, ITL, TPOT, tok/s and peak memory. Here they have names, units
+(ms, tokens per second, GiB = 2^30 bytes) and limits. A row says its `kind`, so a file is read without being told.
 """
 
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
-
-from rowint8.eval.engines.parts import PARTS
 
 GIB = 2**30
 
@@ -19,21 +17,28 @@ Name = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 EngineName = Literal["baseline", "vllm", "transformers"]
+
+PARTS: tuple[str, ...] = ("matmul", "attention", "norm", "elementwise", "sampling", "copies", "other", "gaps")
+"""Parts of a decode step. matmul: products with a weight, and the dequantization and whatever else is fused into them.
+norm: RMSNorm and what is fused into it. elementwise: all other arithmetic on activations (RoPE, SiLU, sums), and the
+writing of new keys and values into the cache. copies: moves, casts, gathers and embeddings. gaps: none of these ran."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
-class GenerationRow:
-    """One setup of one engine generating `batch` completions at once."""
+class Generation:
+    """What every row of an engine that generates holds: one setup, `batch` completions at once."""
 
+    kind: str
     engine: EngineName
     setup: Name
     """What was varied, such as "bf16-eager", "int8-fused" or "rowint8"."""
     batch: Count
     prompt_tokens: Count
-    """Of each prompt (the mean, rounded, where they differ)."""
+    """Tokens of each prompt (the mean, rounded, where they differ)."""
     output_tokens: Count
-    """Of each completion (the mean, rounded, where they differ)."""
+    """Tokens of each completion (the mean, rounded, where they differ)."""
     ttft_ms: Positive
     itl_ms: Positive | None
     """None with a single output token, as is tpot_ms."""
@@ -46,30 +51,73 @@ class GenerationRow:
 
     @property
     def size(self) -> tuple[int, int, int]:
-        """Batch, prompt and output tokens: of rows that are compared with one another."""
+        """Batch, prompt and output tokens; rows of the same size can be compared."""
         return self.batch, self.prompt_tokens, self.output_tokens
 
     @model_validator(mode="after")
-    def _gaps_exist(self) -> "GenerationRow":
+    def _gaps_exist(self) -> "Generation":
         if self.output_tokens > 1 and (self.itl_ms is None or self.tpot_ms is None):
             raise ValueError("itl_ms and tpot_ms may be null only where output_tokens is 1")
         return self
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
+class GenerationRow(Generation):
+    """One run."""
+
+    kind: Literal["generation"] = "generation"
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
+class Measured(Generation):
+    """Medians over repeated runs of one workload."""
+
+    repeats: Count
+    spread: dict[Name, NotNegative]
+    """(largest - smallest) / median over the repeats, for "ttft_ms", "itl_ms", "tpot_ms" and "tok_s"."""
+    start_s: Positive
+    """Seconds until the setup's engine had started, once for all its rows, with caches as they were found."""
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
+class VllmRow(Measured):
+    """vLLM; the memory is that of the GPU that holds most."""
+
+    kind: Literal["vllm"] = "vllm"
+    tensor_parallel_size: Count
+    compiled: tuple[Name, ...]
+    """Kernels and graphs compiled while this workload ran: the engine had started and answered a first request."""
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
+class EngineRow(Measured):
+    """The small engine, or vLLM or transformers beside it."""
+
+    kind: Literal["engine"] = "engine"
+    host_ms: NotNegative | None
+    """The host's own work in the median step: scheduling, packing, queueing, recording (on the CPU the computation
+    too). None for other engines, as are the next two."""
+    kv_waste: Share | None
+    """Share of the KV cache held by requests that held no token, mean over steps."""
+    attention: Name | None
+    """What computed attention."""
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
 class QualityRow:
     """One metric of one setup on one task, and its paired difference from the setup that it is compared with."""
 
+    kind: Literal["quality"] = "quality"
     engine: EngineName
     setup: Name
     task: Name
     metric: Name
     """lm-eval's name, such as "acc" (in [0, 1]) or "word_perplexity", with ",filter" where there are several; or
-    "logprob": of the right answer among several, natural log, mean over questions."""
+    "logprob": log-probability (natural) of the right answer among several, mean over questions."""
     dtype: Name
-    """Of the arithmetic, such as "bfloat16"."""
+    """The arithmetic's, such as "bfloat16"."""
     questions: Count
-    """Or documents."""
+    """Questions or documents."""
     value: float
     stderr: NotNegative | None
     """None where there is no way to tell, as for metrics that are not made of one number a question."""
@@ -86,12 +134,13 @@ class QualityRow:
 class AgreementRow:
     """How long two engines write the same greedy tokens after one prompt."""
 
+    kind: Literal["agreement"] = "agreement"
     setup: Name
     dtype: Name
-    """Of the arithmetic in both engines."""
+    """The arithmetic's in both engines."""
     prompt: Name
     tokens: Count
-    """Generated by each engine."""
+    """Tokens that each engine generates."""
     agreed: Annotated[int, Field(ge=0)]
     """First tokens that are the same."""
     logprob_gap: NotNegative | None
@@ -104,6 +153,7 @@ class AgreementRow:
 class FidelityRow:
     """How far one setup's next-token distributions are from the unquantized model's, over the same tokens."""
 
+    kind: Literal["fidelity"] = "fidelity"
     setup: Name
     """What the weights are: "rowint8", "fp8-row", "only down_proj" (all others unquantized), a checkpoint's folder."""
     text: Name
@@ -111,60 +161,28 @@ class FidelityRow:
     window: Count
     """Tokens the model sees at a time."""
     dtype: Name
-    """Of the arithmetic."""
+    """The arithmetic's."""
     tokens: Count
-    """Predicted."""
+    """Tokens predicted."""
     perplexity: Positive
     nll_difference: float
     """Mean negative log-likelihood of the text's tokens less the unquantized model's, nats."""
     nll_difference_stderr: NotNegative
-    """Of the mean of the paired differences; tokens count as independent."""
+    """Standard error of the mean of the paired differences; tokens count as independent."""
     kl_mean: NotNegative
     """KL divergence from the unquantized model, nats, as are the next three."""
     kl_median: NotNegative
     kl_p99: NotNegative
     kl_max: NotNegative
-    same_top1: Annotated[float, Field(ge=0, le=1)]
+    same_top1: Share
     """Share of tokens at which both find the same token likeliest."""
-
-
-@dataclass(frozen=True, kw_only=True, config=CHECKED)
-class Measured(GenerationRow):
-    """One setup of an engine on one workload: medians over repeats."""
-
-    repeats: Count
-    spread: dict[Name, NotNegative]
-    """(largest - smallest) / median over the repeats, of "ttft_ms", "itl_ms", "tpot_ms" and "tok_s"."""
-    start_s: Positive
-    """Seconds until the setup's engine had started, once for all its rows, with caches as they were found."""
-
-
-@dataclass(frozen=True, kw_only=True, config=CHECKED)
-class VllmRow(Measured):
-    """Of vLLM; memory of the GPU that holds most."""
-
-    tensor_parallel_size: Count
-    compiled: tuple[Name, ...]
-    """Kernels and graphs compiled while this workload ran: the engine had started and answered a first request."""
-
-
-@dataclass(frozen=True, kw_only=True, config=CHECKED)
-class EngineRow(Measured):
-    """Of the small engine, or of vLLM or transformers beside it."""
-
-    host_ms: NotNegative | None
-    """The host's own work in the median step: scheduling, packing, queueing, recording (on the CPU the computation
-    too). None for other engines, as are the next two."""
-    kv_waste: Annotated[float, Field(ge=0, le=1)] | None
-    """Share of the KV cache held by requests that held no token, mean over steps."""
-    attention: Name | None
-    """What computed attention."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class ProfileRow:
     """Where the time of one decode step goes: one token for each of `batch` requests."""
 
+    kind: Literal["profile"] = "profile"
     engine: EngineName
     setup: Name
     sampling: Name
@@ -173,26 +191,26 @@ class ProfileRow:
     context: Count
     """Tokens that each request attends to, mean over the steps, rounded."""
     steps: Count
-    """That count, with and without the profiler."""
+    """Steps that count, with and without the profiler."""
     step_ms: Positive
     """Wall time of a step without the profiler."""
     profiled_ms: Positive
-    """With it."""
+    """Wall time of a step with it."""
     parts_ms: dict[Name, NotNegative]
-    """Milliseconds a step of each of `kernel_parts.PARTS`. They add up to step_ms, on the CPU to profiled_ms; on CUDA
-    to more where the profiler found the device busy for longer than step_ms."""
+    """Milliseconds a step of each of PARTS. They add up to step_ms, on the CPU to profiled_ms; on CUDA to more where
+    the profiler found the device busy for longer than step_ms."""
     longest_ms: dict[Name, NotNegative]
     """ "PART: NAME" of the kernels or operators that took most, to milliseconds a step."""
     launches: Positive
     """Kernels, copies and fills a step; on the CPU operators."""
     host_ms: dict[Name, NotNegative] | None
-    """Of step_ms, on the host: "schedule", "launch" (on the CPU the computation too), "wait" (for the device),
+    """The host's part of step_ms: "schedule", "launch" (on the CPU the computation too), "wait" (for the device),
     "record"; and "detokenize", a part of record, where there is a tokenizer. None for vLLM, as are the next four."""
     served_ms: Positive | None
     """A step where each request is a coroutine of `AsyncEngine`."""
-    padding: Annotated[float, Field(ge=0, le=1)] | None
+    padding: Share | None
     """Share of the rows that a step computes, in a CUDA graph, for no request."""
-    kv_waste: Annotated[float, Field(ge=0, le=1)] | None
+    kv_waste: Share | None
     """As in `EngineRow`."""
     attention: Name | None
     """As in `EngineRow`."""
@@ -215,15 +233,16 @@ class ProfileRow:
 class ServeRow:
     """One setup of `vllm serve` under requests that arrive at random (Poisson), measured by `vllm bench serve`."""
 
+    kind: Literal["serve"] = "serve"
     engine: EngineName
     setup: Name
     request_rate: Positive
     """Requests per second that were sent, on average."""
     requests: Count
-    """Answered; a run in which one fails has no row."""
+    """Requests answered; a run in which one fails has no row."""
     prompt_tokens: Count
     output_tokens: Count
-    """Of each request."""
+    """Tokens of each answer."""
     ttft_ms: dict[Name, Positive]
     """Percentiles over the requests: "p50" and "p99"."""
     tpot_ms: dict[Name, NotNegative]
@@ -237,7 +256,7 @@ class ServeRow:
     goodput_limits_ms: dict[Name, Positive]
     """Such as {"ttft": 200, "tpot": 50}."""
     command: Name
-    """Of the client."""
+    """The client's command line."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
@@ -264,16 +283,14 @@ class Compilation:
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class KernelRow:
-    """Times of one operator on M tokens and an [N, K] weight.
+    """Times of one operator on M tokens and an [N, K] weight; for `add_rms_norm` on [M, H], N = K = H."""
 
-    Of `add_rms_norm` [M, H] the sizes are N = K = H.
-    """
-
+    kind: Literal["kernel"] = "kernel"
     op: Literal["linear", "swiglu", "add_rms_norm"]
     shape: Name
     """One of `rowint8.eval.kernels.shapes`."""
     dtype: Literal["bfloat16", "float16"] = "bfloat16"
-    """Of the activations."""
+    """The activations'."""
     M: Count
     N: Count
     K: Count
@@ -285,3 +302,10 @@ class KernelRow:
     """Microseconds of the host to queue a call, for some entries of `us`; absent from older files."""
     compiler: Annotated[dict[Name, Compilation] | None, Field(exclude_if=lambda value: value is None)] = None
     """For the entries of `us` that torch.compile made; absent where there are none."""
+
+
+Row = Annotated[
+    GenerationRow | VllmRow | EngineRow | QualityRow | AgreementRow | FidelityRow | ProfileRow | ServeRow | KernelRow,
+    Field(discriminator="kind"),
+]
+"""A row of any kind."""

@@ -8,7 +8,7 @@ import pytest
 from rowint8.eval.cli.output import Kept, save
 from rowint8.eval.errors import EvalError
 from rowint8.eval.results.files import read_results
-from rowint8.eval.results.schema import ServeRow
+from rowint8.eval.results.schema import AgreementRow, ServeRow
 
 TIMES = {"p50": 1.0, "p99": 2.0}
 
@@ -29,15 +29,15 @@ def file(tmp_path):
 
 
 def test_rows_are_in_the_file_as_soon_as_they_are_added(file):
-    assert read_results(file, ServeRow).rows == (row("bf16"), row("fp8"))
+    assert read_results(file).rows == (row("bf16"), row("fp8"))
 
 
 def test_appending_replaces_its_own_setups_and_keeps_the_others(file):
-    first = read_results(file, ServeRow).command
+    first = read_results(file).command
     kept = Kept(file, ServeRow, True)
     kept.add([row("bf16", tok_s=7.0), row("rowint8")])
     kept.close()
-    results = read_results(file, ServeRow)
+    results = read_results(file)
     assert results.rows == (row("bf16", tok_s=7.0), row("fp8"), row("rowint8"))
     assert results.command == f"{first} && {first}"
 
@@ -49,7 +49,7 @@ def test_a_setup_that_failed_loses_no_rows(file):
         yield row(name)
 
     assert Kept(file, ServeRow, True).measure(["bf16", "rowint8"], run) == ["bf16"]
-    assert read_results(file, ServeRow).rows == (row("bf16"), row("fp8"), row("rowint8"))
+    assert read_results(file).rows == (row("bf16"), row("fp8"), row("rowint8"))
 
 
 def test_nothing_is_appended_to_what_another_machine_measured(file):
@@ -59,6 +59,13 @@ def test_nothing_is_appended_to_what_another_machine_measured(file):
     with pytest.raises(EvalError, match=r"measured elsewhere.*device another card and"):
         Kept(file, ServeRow, True)
     assert json.loads(file.read_text()) == content
+
+
+def test_nothing_is_appended_to_rows_of_another_kind(file):
+    content = file.read_text()
+    with pytest.raises(EvalError, match=r"serve\.json holds rows of kind serve, which this command does not write"):
+        Kept(file, AgreementRow, True)
+    assert file.read_text() == content
 
 
 def test_appending_needs_a_file():
@@ -72,4 +79,4 @@ def test_the_command_tells_no_places_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/bin/rowint8", "quality", *arguments, "--json", str(file)])
     save(file, [row("bf16")])
     told = "rowint8 quality --data data --model models/small --text=book.txt --limit=5 --json serve.json"
-    assert read_results(file, ServeRow).command == told
+    assert read_results(file).command == told

@@ -10,7 +10,6 @@ from rowint8.eval.engines import baseline as job
 from rowint8.eval.engines.vllm import Workload
 from rowint8.eval.errors import EvalError
 from rowint8.eval.results.files import read_results
-from rowint8.eval.results.schema import EngineRow
 
 TIMES = [[1.5, 1.75], [1.25, 1.75, 2.0]]
 REPEAT = {"start": 1.0, "token_times": TIMES, "host_s": 0.01}
@@ -64,7 +63,7 @@ def test_the_command_on_a_tiny_model(tmp_path):
     options = ["--config", "tiny", "--setups", setups, "--workloads", "1x8x3,3x8x3", "--repeats=2"]
     result = CliRunner().invoke(app, ["bench", "engine", *options, "--json", str(file)])
     assert result.exit_code == 0, result.output
-    rows = read_results(file, EngineRow).rows
+    rows = read_results(file).rows
     assert [(row.engine, row.setup, row.batch) for row in rows] == [
         (*setup, batch)
         for setup in (("baseline", "bf16-eager"), ("baseline", "int8-fused"), ("transformers", "bf16"))

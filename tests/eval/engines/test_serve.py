@@ -26,7 +26,6 @@ from rowint8.eval.engines.serve import (
 from rowint8.eval.engines.setups import SETUPS, write_shape
 from rowint8.eval.errors import EvalError
 from rowint8.eval.results.files import read_results
-from rowint8.eval.results.schema import ServeRow
 
 LOAD = Load(prompt_tokens=32, output_tokens=8, seconds=2.5, goodput={"ttft": 200.0, "tpot": 50.0})
 REPORT = {
@@ -171,7 +170,7 @@ def test_a_failing_server_keeps_the_rows_of_the_others(tmp_path, monkeypatch):
     done = CliRunner().invoke(cli.app, ["bench", "serve", "--setups", "bf16,fp8,rowint8", *options])
     assert str(done.exception).startswith("failed: fp8")
     assert "no fp8 here" in done.stderr
-    rows = read_results(tmp_path / "r.json", ServeRow).rows
+    rows = read_results(tmp_path / "r.json").rows
     assert [(row.setup, row.request_rate, row.requests) for row in rows] == [
         (setup, rate, round(rate * 5)) for setup in ("bf16", "rowint8") for rate in (2, 4)
     ]

@@ -95,14 +95,14 @@ def test_plot_draws_every_name_and_the_limit(results_file, tmp_path):
 
 
 def test_plot_of_the_same_results_is_the_same_file(results_file, tmp_path):
-    results = read_results(results_file, KernelRow)
+    results = read_results(results_file)
     for name in ("a.svg", "b.svg"):
         plot_kernels(results, tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
 def test_plot_says_what_it_cannot_do(results_file, tmp_path):
-    results = read_results(results_file, KernelRow)
+    results = read_results(results_file)
     with pytest.raises(EvalError, match="no ceilings"):
         plot_kernels(replace(results, ceilings=None), tmp_path / "k.svg")
     with pytest.raises(EvalError, match=r"cannot write .*k\.nonsense: "):
@@ -132,11 +132,11 @@ def test_rows_are_kept_as_they_come(tmp_path, monkeypatch):
     for m in (1, 2, 4):
         rows.append(replace(LINEAR, M=m))
         cli_bench_kernels._keep(path, rows, CEILINGS)
-        assert [row.M for row in read_results(path, KernelRow).rows] == [row.M for row in rows]
-    assert read_results(path, KernelRow).ceilings == CEILINGS
+        assert [row.M for row in read_results(path).rows] == [row.M for row in rows]
+    assert read_results(path).ceilings == CEILINGS
 
 
 def test_shipped_results_can_be_read_and_drawn(tmp_path):
-    results = read_results(Path(__file__).parents[3] / "results" / "kernels-h100.json", KernelRow)
+    results = read_results(Path(__file__).parents[3] / "results" / "kernels-h100.json")
     plot_kernels(results, tmp_path / "k.svg")
     assert json.dumps(results.environment.device)[1:-1] in (tmp_path / "k.svg").read_text()

@@ -17,7 +17,6 @@ from rowint8.eval.kernels import tune
 from rowint8.eval.kernels.shapes import Shape
 from rowint8.eval.kernels.tune_candidates import candidates
 from rowint8.eval.results.files import read_results
-from rowint8.eval.results.schema import KernelRow
 from rowint8.kernels.tiles import user as tuned
 from rowint8.kernels.tiles.hopper_cost import HopperTile
 from rowint8.kernels.tiles.pick import FewTokensTile, TileConfig, pick_few_tokens_tile, pick_hopper_tile, pick_tile
@@ -223,7 +222,7 @@ def test_the_command_writes_tiles_and_times(card, tmp_path):
     tiles = read_tiles(path, "NVIDIA Test")["linear", 64, 32]
     assert list(tiles) == [1, 2, 4], "what was there stays"
     assert (tiles[2], tiles[4]) == (TRIED[0], TRIED[1])
-    rows = read_results(times, KernelRow).rows
+    rows = read_results(times).rows
     assert [(row.M, row.us) for row in rows][1] == (4, {"shipped": 100, "tuned": 50})
     assert "50%" in done.output
 

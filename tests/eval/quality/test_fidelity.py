@@ -13,7 +13,6 @@ from rowint8.eval.quality import fidelity as job
 from rowint8.eval.quality import fidelity_setups as setups
 from rowint8.eval.quantize import checkpoint as quantize_checkpoint
 from rowint8.eval.results.files import read_results
-from rowint8.eval.results.schema import FidelityRow
 from rowint8.kernels.quantize import dequantize, quantize_rowwise
 
 SENTENCE = "A boat left the harbour before dawn, and nobody on the quay could say who had taken it. "
@@ -161,7 +160,7 @@ def test_the_command(smollm2, tmp_path):
     command = [console_script("rowint8"), "fidelity", *options, "--quantization", "rowint8", "--json", str(result)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "62 tokens in windows of 32" in done.stdout
-    rows = {row.setup: row for row in read_results(result, FidelityRow).rows}
+    rows = {row.setup: row for row in read_results(result).rows}
     assert rows["unquantized"].kl_max == 0
     assert 1e-4 < rows["rowint8"].kl_mean < 1e-2
     for wrong, message in (("int3", "accepted are rowint8"), ("bf16", "less than one window")):

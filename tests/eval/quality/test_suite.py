@@ -12,7 +12,6 @@ from rowint8.eval.errors import EvalError
 from rowint8.eval.quality.paired import Item, metric_value
 from rowint8.eval.quality.suite import BACKENDS, choose, context_of, quality_rows, quality_tables
 from rowint8.eval.results.files import read_results
-from rowint8.eval.results.schema import QualityRow
 from tests.eval.cli.test_app import rowint8
 
 
@@ -96,7 +95,7 @@ def test_command_compares_backends(smollm2, tmp_path):
     done = rowint8("quality", "--model", smollm2, "--backends", backends, "--limit", "20", "--json", file)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("|rowint8_basics|") == 2, "lm-eval's own tables"
-    results = read_results(file, QualityRow)
+    results = read_results(file)
     by_key = {(row.engine, row.metric): row for row in results.rows}
     assert len(by_key) == len(results.rows) == 6
     assert by_key["baseline", "acc"].value >= 0.7, "by chance it would be at most 0.5"
