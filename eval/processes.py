@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,48 +33,59 @@ def console_script(name: str) -> str:
     return found
 
 
-def run_quietly(command: Sequence[str], env: Mapping[str, str], stdin: str = "") -> str:
+def run_quietly(command: Sequence[str], env: Mapping[str, str]) -> str:
     """Runs a command to its end and returns its stdout.
 
     Raises:
         EvalError: it failed; the message holds the end of what it wrote.
     """
-    done = subprocess.run(command, input=stdin, env=env, capture_output=True, text=True, errors="replace")
-    if done.returncode != 0:
-        raise EvalError(failure(command, done.returncode, done.stdout + done.stderr))
-    return done.stdout
+    pipes: dict[str, Any] = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with running(command, env, **pipes, text=True, errors="replace") as process:
+        out, log = process.communicate()
+    if process.returncode != 0:
+        raise EvalError(failure(command, process.returncode, out + log))
+    return out
 
 
-def run_worker(module: str, request: Mapping[str, Any], env: Mapping[str, str], timeout: float | None = None) -> Any:
-    """Runs `python -m rowint8.eval.MODULE RESULT` with the request as JSON on stdin; what it wrote to the file RESULT.
+def run_worker(
+    function: Callable[..., Any], request: Mapping[str, Any], env: Mapping[str, str], timeout: float | None = None
+) -> Any:
+    """Calls `function(**request)` in a new Python process (see `worker`); request and result travel as JSON.
 
-    A file, as engines and their processes write to stdout. Nothing is left running. A result that was written counts
-    even if the engine then fails to stop.
+    Nothing is left running. A result that was written counts even if an engine then fails to stop.
 
     Raises:
         EvalError: it failed or took more than `timeout` seconds; the message holds the end of what it wrote.
     """
     with tempfile.TemporaryDirectory() as scratch:
         result, log = Path(scratch) / "result.json", Path(scratch) / "log"
-        command = [sys.executable, "-m", f"rowint8.eval.{module}", str(result)]
-        with log.open("w") as stream:
-            returncode = _run_to_end(command, env, json.dumps(request), stream, timeout)
+        name = f"{function.__module__}:{function.__qualname__}"
+        command = [sys.executable, "-m", "rowint8.eval.worker", name, str(result)]
+        pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        with log.open("w") as stream, running(command, env, stdout=stream, **pipes) as process:
+            with suppress(subprocess.TimeoutExpired):
+                process.communicate(json.dumps(request), timeout)
+            returncode = process.returncode
         if not result.exists():
-            raise EvalError(failure(command, returncode, log.read_text(errors="replace")))
+            raise EvalError(failure([command[0], name], returncode, log.read_text(errors="replace")))
         return json.loads(result.read_text())
 
 
-def _run_to_end(command: Sequence[str], env: Mapping[str, str], stdin: str, log: Any, timeout: float | None):
-    """Runs a command and ends all processes of its session; its exit status, None where it took too long."""
-    pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True)
-    process = subprocess.Popen(command, env=env, start_new_session=True, **pipes)
+@contextmanager
+def running(
+    command: Sequence[str], env: Mapping[str, str], stop_timeout: float = 0, **options: Any
+) -> Iterator[subprocess.Popen]:
+    """A command in a session of its own, for as long as the block lasts.
+
+    Args:
+        stop_timeout: seconds that it has at the end, after SIGINT, before it is killed with all that it started.
+        options: as of `subprocess.Popen`.
+    """
+    process = subprocess.Popen(command, env=env, start_new_session=True, **options)
     try:
-        process.communicate(stdin, timeout)
-        return process.returncode
-    except subprocess.TimeoutExpired:
-        return None
+        yield process
     finally:
-        stop(process, timeout=0)
+        stop(process, stop_timeout)
 
 
 def stop(process: subprocess.Popen, timeout: float) -> None:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from rowint8.baseline_engine.metrics import speedup
 from rowint8.eval.console import compact_table
+from rowint8.eval.engines import baseline_worker
 from rowint8.eval.engines.repeats import measured_fields
 from rowint8.eval.engines.vllm import GPU_MEMORY_UTILIZATION, MAX_BATCHED_TOKENS, Workload
 from rowint8.eval.engines.vllm_worker import random_prompts
@@ -102,7 +103,7 @@ def run_setup(setup: Setup, folder: Path, dummy: bool, workloads: Sequence[Reque
     arguments = engine_arguments(setup, folder, dummy, workloads)
     measured = [_workload(each, repeats) for each in workloads]
     request = {"engine": setup.engine, "arguments": arguments, "dummy": dummy, "workloads": measured}
-    return run_worker("engines.baseline_worker", request, vllm_environment())
+    return run_worker(baseline_worker.bench, request, vllm_environment())
 
 
 def _workload(requests: Requests, repeats: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One engine, started and measured in this process: `python -m rowint8.eval.engines.baseline_worker RESULT < request`.
+"""One engine, started and measured in this process, for `processes.run_worker`.
 
 The request on stdin is {"engine": "baseline", "vllm" or "transformers", "arguments": of the engine, "dummy":
 whether the weights are random, "workloads": [{"prompts": token ids of each, "outputs": tokens to generate after each,
@@ -7,9 +7,7 @@ whether the weights are random, "workloads": [{"prompts": token ids of each, "ou
 the small engine, {"host_s" (of the median step), "kv_waste", "attention"}.
 """
 
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -75,9 +73,9 @@ def random_model(config: Any) -> Any:
     form = weight_format(config, model_config, device)
     model = Decoder(model_config, form)
     torch.manual_seed(0)
-    for slot in model.slots().values():
-        weight = torch.ones(slot.shape, dtype=form.dtype, device=device)
-        slot.load(weight.normal_(std=slot.shape[-1] ** -0.5) if len(slot.shape) == 2 else weight)
+    for place in model.places().values():
+        weight = torch.ones(place.shape, dtype=form.dtype, device=device)
+        place.load(weight.normal_(std=place.shape[-1] ** -0.5) if len(place.shape) == 2 else weight)
     return model
 
 
@@ -136,7 +134,3 @@ def start_vllm(arguments: dict[str, Any], dummy: bool) -> tuple[Generate, Callab
         return rank["weights"], rank["peak_mem"]
 
     return partial(generate, llm.llm_engine), read_memory
-
-
-if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(bench(**json.load(sys.stdin))))

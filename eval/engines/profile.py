@@ -14,7 +14,7 @@ from rowint8.baseline_engine.kv_cache import KvCache
 from rowint8.baseline_engine.model_config import ModelConfig
 from rowint8.eval.engines.baseline import Requests, Setup, engine_arguments, row_setup
 from rowint8.eval.engines.baseline import setups as engine_setups
-from rowint8.eval.engines.profile_worker import WARM_TOKENS
+from rowint8.eval.engines.profile_worker import WARM_TOKENS, measure
 from rowint8.eval.engines.vllm import MAX_BATCHED_TOKENS
 from rowint8.eval.engines.vllm_worker import random_prompts
 from rowint8.eval.errors import EvalError
@@ -84,7 +84,7 @@ def run_setup(
     arguments = engine_arguments(setup, folder, dummy, requests)
     request = {"engine": setup.engine, "arguments": arguments, "dummy": dummy, "steps": steps, "runs": runs}
     in_one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **vllm_environment()}
-    result = run_worker("engines.profile_worker", request, in_one_process)
+    result = run_worker(measure, request, in_one_process)
     return [
         profile_row(name, setup.engine, model, *case, steps, run, result)
         for case, run in zip(cases, result["runs"], strict=True)

@@ -1,4 +1,4 @@
-"""Decode steps of one engine, timed and profiled: `python -m rowint8.eval.engines.profile_worker RESULT < request`.
+"""Decode steps of one engine, timed and profiled, for `processes.run_worker`.
 
 The request on stdin is {"engine": "baseline" or "vllm", "arguments": those of `EngineConfig` or `vllm.LLM`, "dummy":
 whether the weights are random, "steps": how many count, "runs": [{"prompts": token ids of each, "tokens": how many to
@@ -9,8 +9,6 @@ ask for after each, "sampling": arguments of `SamplingParams`}]}. The file RESUL
 import asyncio
 import gc
 import itertools
-import json
-import sys
 import time
 from pathlib import Path
 from statistics import fmean
@@ -266,7 +264,3 @@ class Vllm:
     def host(self, run: dict[str, Any], steps: int) -> dict[str, Any]:
         self.end()
         return dict.fromkeys(("host_ms", "kv_waste", "padding", "served_ms"))
-
-
-if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(measure(**json.load(sys.stdin))))

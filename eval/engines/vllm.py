@@ -15,6 +15,7 @@ from rich.table import Table
 
 from rowint8.baseline_engine.metrics import speedup
 from rowint8.eval.console import compact_table
+from rowint8.eval.engines import vllm_worker
 from rowint8.eval.engines.repeats import measured_fields
 from rowint8.eval.engines.setups import Setup
 from rowint8.eval.errors import EvalError
@@ -84,7 +85,7 @@ def run_setup(setup: Setup, llm: dict[str, Any], workloads: Sequence[Workload], 
     # On the CPU all cores, as nothing is served. The engine core has a process of its own, as everywhere in vLLM.
     ranks = llm.get("tensor_parallel_size", 1)
     environment = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", **vllm_environment(ranks), **setup.env}
-    return run_worker("engines.vllm_worker", request, environment, SETUP_TIMEOUT)
+    return run_worker(vllm_worker.bench, request, environment, SETUP_TIMEOUT)
 
 
 def setup_rows(setup: str, workloads: Sequence[Workload], result: dict[str, Any], ranks: int) -> list[VllmRow]:

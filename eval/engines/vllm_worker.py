@@ -1,15 +1,12 @@
-"""One engine, started and measured in this process: `python -m rowint8.eval.engines.vllm_worker RESULT < request`.
+"""One engine, started and measured in this process, for `processes.run_worker`.
 
 The request on stdin is {"llm": arguments of `vllm.LLM`, "workloads": [[batch, prompt tokens, output tokens], ...],
 "repeats": n}. The file RESULT receives {"start_s": seconds, "runs": [one object a workload]} in the form that `measure`
 describes.
 """
 
-import json
 import random
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 PROBE = "rowint8.eval.engines.probe.Probe"
@@ -73,7 +70,3 @@ def random_prompts(batch: int, tokens: int, vocab_size: int) -> list[list[int]]:
     """The same for every setup."""
     draw = random.Random(f"{batch} {tokens}")
     return [[draw.randrange(vocab_size) for _ in range(tokens)] for _ in range(batch)]
-
-
-if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(bench(**json.load(sys.stdin))))

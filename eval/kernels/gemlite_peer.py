@@ -8,8 +8,6 @@ own process tunes, alone on the GPU.
 """
 
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rowint8.eval.errors import EvalError
+from rowint8.eval.processes import run_worker
 from rowint8.kernels.quantize import Int8Weight
 
 BUCKETS = (1, 2, 16, 32)
@@ -58,27 +58,23 @@ def compile_ahead(sizes: Iterable[tuple[int, int]], tokens: Iterable[int], dtype
     """
     _helper()
     first_met = {bucket(m): m for m in reversed(tuple(tokens))}
-    jobs = [(n, k, m, str(dtype).removeprefix("torch.")) for n, k in sizes for m in first_met.values()]
+    jobs = [dict(n=n, k=k, m=m, dtype=str(dtype).removeprefix("torch.")) for n, k in sizes for m in first_met.values()]
     deadline = time.monotonic() + seconds
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda job: _run_apart(job, deadline), jobs))
     return True
 
 
-def _run_apart(job: tuple, deadline: float) -> None:
+def _run_apart(job: dict[str, Any], deadline: float) -> None:
     left = deadline - time.monotonic()
-    if left <= 0:
-        return
-    command = [sys.executable, "-m", "rowint8.eval.kernels.gemlite_peer", *map(str, job)]
-    with suppress(subprocess.TimeoutExpired):
-        subprocess.run(command, timeout=left, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    if left > 0:
+        with suppress(EvalError):
+            run_worker(tune, job, os.environ, left)
 
 
-def _tune(n: int, k: int, m: int, dtype: torch.dtype) -> None:
+def tune(n: int, k: int, m: int, dtype: str) -> None:
+    """Lets gemlite tune, and so compile, the product of [m, k] with [n, k]."""
     values = torch.randint(-127, 128, (n, k), dtype=torch.int8, device="cuda")
     weight = Int8Weight(values, torch.ones(n, dtype=torch.float16, device="cuda"))
-    gemlite(weight, dtype)(torch.randn(m, k, dtype=dtype, device="cuda"))
-
-
-if __name__ == "__main__":
-    _tune(*map(int, sys.argv[1:4]), dtype=getattr(torch, sys.argv[4]))
+    x = torch.randn(m, k, dtype=getattr(torch, dtype), device="cuda")
+    gemlite(weight, x.dtype)(x)

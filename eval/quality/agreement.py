@@ -14,6 +14,7 @@ from rich.table import Table
 
 from rowint8.eval.console import compact_table
 from rowint8.eval.processes import require_package, run_worker, vllm_environment
+from rowint8.eval.quality import vllm_run
 from rowint8.eval.results.schema import AgreementRow
 
 TOKENS = 32
@@ -80,7 +81,7 @@ def run_vllm(model: Path, dtype: str, prompts: Sequence[Sequence[int]], ranks: i
         "sampling": {"max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "logprobs": _CANDIDATES},
         "prompts": prompts,
     }
-    return run_worker("quality.vllm_run", request, vllm_environment(ranks))
+    return run_worker(vllm_run.generate, request, vllm_environment(ranks))
 
 
 def row_of(prompt: str, ours: list[int], theirs: dict[str, Any], dtype: str, ranks: int = 1) -> AgreementRow:
@@ -92,7 +93,7 @@ def row_of(prompt: str, ours: list[int], theirs: dict[str, Any], dtype: str, ran
         mine, vllms = pairs[agreed]
         logprobs = {int(token): value for token, value in theirs["logprobs"][agreed].items()}
         gap = logprobs[vllms] - logprobs.get(mine, min(logprobs.values()))
-    counts = {"tokens": len(pairs), "agreed": agreed, "tensor_parallel_size": ranks}
+    counts: dict[str, Any] = {"tokens": len(pairs), "agreed": agreed, "tensor_parallel_size": ranks}
     return AgreementRow(setup="rowint8", dtype=dtype, prompt=prompt, logprob_gap=gap, **counts)
 
 

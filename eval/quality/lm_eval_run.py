@@ -1,14 +1,7 @@
-"""One lm-eval run in this process: `python -m rowint8.eval.quality.lm_eval_run RESULT < request`.
-
-`quality` starts one such process for each backend, so that no engine shares memory or state with another. The request
-on stdin holds the arguments of `run`, the file RESULT receives what it returns.
-"""
+"""One run of lm-eval, for a process of its own: no engine shares memory or state with another."""
 
 import importlib
-import json
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rowint8.eval.quality import paired
@@ -90,7 +83,3 @@ def _right_answer(sample: dict[str, Any]) -> Any:
         return None
     logprob, _ = sample["filtered_resps"][int(target)]
     return paired.Item(float(logprob), 1.0)
-
-
-if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(run(**json.load(sys.stdin))))

@@ -18,7 +18,7 @@ from rich.table import Table
 from rowint8.eval.console import compact_table
 from rowint8.eval.errors import EvalError
 from rowint8.eval.processes import require_package, run_worker, vllm_environment
-from rowint8.eval.quality import paired
+from rowint8.eval.quality import lm_eval_run, paired
 from rowint8.eval.quality.tasks import Task
 from rowint8.eval.results.schema import EngineName, QualityRow
 
@@ -103,7 +103,7 @@ def run_backend(
         "limit": limit,
         "output": str(output.resolve()) if output else None,
     }
-    return run_worker("quality.lm_eval_run", request, _environment(hub=any(isinstance(task, str) for task in tasks)))
+    return run_worker(lm_eval_run.run, request, _environment(hub=any(isinstance(task, str) for task in tasks)))
 
 
 def _lm_eval_model(backend: Backend, dtype: str, max_length: int) -> tuple[str, dict[str, Any]]:

@@ -1,17 +1,20 @@
-"""One offline vLLM generation in this process: `python -m rowint8.eval.quality.vllm_run RESULT < request`.
+"""An offline vLLM generation, for a process of its own."""
 
-The request on stdin is {"llm": arguments of `vllm.LLM`, "sampling": arguments of `SamplingParams`, "prompts": lists of
-token ids}. The file RESULT receives, for each prompt, {"token_ids": [...], "logprobs": [{token id: logprob}, ...]}.
-"""
-
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 
 def generate(llm: dict[str, Any], sampling: dict[str, Any], prompts: list[list[int]]) -> list[dict[str, Any]]:
-    """Runs vLLM; logprobs hold what `sampling` asks for at each generated position."""
+    """Runs vLLM once.
+
+    Args:
+        llm: arguments of `vllm.LLM`.
+        sampling: arguments of `SamplingParams`.
+        prompts: token ids of each.
+
+    Returns:
+        For each prompt {"token_ids": [...], "logprobs": [{token id: logprob}, ...]}; logprobs hold what `sampling` asks
+        for at each generated position.
+    """
     from vllm import LLM, SamplingParams
 
     engine = LLM(**llm)
@@ -22,7 +25,3 @@ def generate(llm: dict[str, Any], sampling: dict[str, Any], prompts: list[list[i
 
 def _plain(logprobs: Any) -> list[dict[int, float]]:
     return [{token: entry.logprob for token, entry in position.items()} for position in logprobs or []]
-
-
-if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(generate(**json.load(sys.stdin))))

@@ -230,18 +230,19 @@ def test_gemlite_is_tuned_once_for_neighbouring_tokens():
 def test_gemlite_is_compiled_apart_for_the_first_of_each_bucket_and_stopped_in_time(monkeypatch):
     started: list[tuple] = []
 
-    def sleep(command, timeout, **_):
-        started.append(tuple(command[3:]))
+    def sleep(function, request, env, timeout):
+        assert function is bench_gemlite.tune
+        started.append(tuple(request[name] for name in ("n", "k", "m", "dtype")))
         time.sleep(timeout)
-        raise subprocess.TimeoutExpired(command, timeout)
+        raise EvalError("it did not answer in time")
 
     monkeypatch.setattr(bench_gemlite, "_helper", lambda: None)
-    monkeypatch.setattr(bench_gemlite.subprocess, "run", sleep)
+    monkeypatch.setattr(bench_gemlite, "run_worker", sleep)
     monkeypatch.setattr(bench_gemlite.os, "cpu_count", lambda: 4)
     start = time.monotonic()
     assert bench_gemlite.compile_ahead([(32, 64)], (4, 8, 16, 64, 128), torch.float16, seconds=0.3)
     assert time.monotonic() - start < 2
-    assert sorted(started) == [("32", "64", "4", "float16"), ("32", "64", "64", "float16")]
+    assert sorted(started) == [(32, 64, 4, "float16"), (32, 64, 64, "float16")]
     bench_gemlite.compile_ahead([(32, 64)], (1,), torch.float16, seconds=0)
     assert len(started) == 2, "nothing starts without time left"
 
