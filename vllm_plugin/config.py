@@ -22,7 +22,6 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from rowint8.kernels.ops import ACTIVATION_DTYPES
-from rowint8.vllm_plugin.norm import prefer_provider
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -89,7 +88,7 @@ class RowInt8Config(QuantizationConfig):
         self.ignore = patterns + hf_to_vllm_mapper.apply_list(names)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The method for one layer of the model; None leaves it to vLLM's unquantized one."""
+        """The method for one layer of the model; None leaves it to vLLM's unquantized one. It changes nothing else."""
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -104,9 +103,7 @@ class RowInt8Config(QuantizationConfig):
             return None
         if self._ignores(prefix) or _is_router(layer, prefix):
             return UnquantizedLinearMethod()
-        if self.fuse_norm:
-            prefer_provider()
-        return RowInt8LinearMethod(prefix, self.serialized, self.fuse_swiglu)
+        return RowInt8LinearMethod(prefix, self.serialized, self.fuse_swiglu, self.fuse_norm)
 
     def _ignores(self, prefix: str) -> bool:
         from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer

@@ -27,8 +27,9 @@ from vllm.model_executor.utils import replace_parameter
 
 from rowint8.kernels import ops
 from rowint8.kernels.quantize import Int8Weight, quantize_rowwise
+from rowint8.vllm_plugin import attached
 from rowint8.vllm_plugin.loading import FLOATS, SAVED_FROM_MEMORY, guarded_loader, refuse_incomplete
-from rowint8.vllm_plugin.swiglu_fusion import expect_gate_up
+from rowint8.vllm_plugin.model import prepare_model
 from rowint8.vllm_plugin.warmup import warm_up
 
 _HINT_ONLINE = 'an INT8 checkpoint needs "quantization_config": {"quant_method": "rowint8"} in its config.json'
@@ -40,16 +41,24 @@ _HINT_SERIALIZED = 'to quantize while loading, set "serialized": false in quanti
 class RowInt8LinearMethod(LinearMethodBase):
     """Weights of one linear layer: quantized while loading, or read as INT8 where `serialized`.
 
-    vLLM makes one instance per layer. `prefix` is the layer's name, for messages; `fuse_swiglu` whether the pass of
-    `swiglu_fusion` may take a gate_up layer together with what follows it.
+    vLLM makes one instance per layer, and says in `create_weights` what it is a layer of.
+
+    Args:
+        prefix: the layer's name, for messages.
+        serialized: whether the checkpoint holds INT8 weights.
+        fuse_swiglu: whether the pass of `swiglu_fusion` may take a gate_up layer together with what follows it.
+        fuse_norm: whether the model of this layer may compute its norms by `rowint8::add_rms_norm`.
     """
 
     uses_meta_device = True
 
-    def __init__(self, prefix: str, serialized: bool, fuse_swiglu: bool = False) -> None:
+    def __init__(self, prefix: str, serialized: bool, fuse_swiglu: bool = False, fuse_norm: bool = False) -> None:
         self.prefix = prefix
         self.fuse_swiglu = fuse_swiglu
+        self.fuse_norm = fuse_norm
         self.k_is_split = False
+        self.is_gate_up = False
+        self.dtype = torch.get_default_dtype()
         config = get_current_vllm_config()
         self.max_tokens = config.scheduler_config.max_num_batched_tokens
         load_format = config.load_config.load_format
@@ -72,8 +81,7 @@ class RowInt8LinearMethod(LinearMethodBase):
         self.dtype = params_dtype
         self.is_gate_up = self.fuse_swiglu and _is_gate_up(layer, output_partition_sizes)
         shape = sum(output_partition_sizes), input_size_per_partition
-        if self.is_gate_up:
-            expect_gate_up(shape)
+        prepare_model(get_current_vllm_config(), self.fuse_norm, shape if self.is_gate_up else None)
         device = None if self.from_memory else "meta"
         dtype = torch.int8 if self.serialized else params_dtype
         dtypes, hint = ((torch.int8,), _HINT_SERIALIZED) if self.serialized else (FLOATS, _HINT_ONLINE)
@@ -92,8 +100,7 @@ class RowInt8LinearMethod(LinearMethodBase):
                 weight_loader=load(f"{self.prefix}.weight_scale", (torch.float16,), _HINT_SCALE),
             )
             layer.register_parameter("weight_scale", scale)
-        # vLLM gives this loader to the bias, which it registers next
-        layer.weight_loader = load(f"{self.prefix}.bias", FLOATS, _HINT_BIAS)
+        attached.set_bias_loader(layer, load(f"{self.prefix}.bias", FLOATS, _HINT_BIAS))
         if not self.from_memory:
             initialize_online_processing(layer)
 
@@ -103,14 +110,14 @@ class RowInt8LinearMethod(LinearMethodBase):
         Raises:
             ValueError: the checkpoint lacks a part of the layer, or holds NaN, Inf or a negative scale.
         """
-        if getattr(layer, "_already_called_process_weights_after_loading", False):
+        if attached.is_processed(layer):
             return
         if not self.dummy and not self.from_memory:
             refuse_incomplete(layer, self.prefix)
         values, scale = self._read(layer) if self.serialized else self._quantize(layer.weight.data)
         replace_parameter(layer, "weight", values)
         replace_parameter(layer, "weight_scale", scale)
-        layer._already_called_process_weights_after_loading = True
+        attached.set_processed(layer)
         warm_up(self, layer)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:

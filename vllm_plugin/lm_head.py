@@ -7,13 +7,13 @@ vLLM ties in two ways, by model and version: `lm_head = lm_head.tie_weights(embe
 """
 
 from typing import Any
-from weakref import ref
 
 from torch import Tensor
 from torch.nn.functional import embedding
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from rowint8.kernels import ops
+from rowint8.vllm_plugin import attached
 from rowint8.vllm_plugin.linear import RowInt8LinearMethod
 
 
@@ -26,8 +26,8 @@ class RowInt8VocabMethod(RowInt8LinearMethod):
         indices = layer.shard_indices
         rows = indices.org_vocab_end_index - indices.org_vocab_start_index
         for parameter in layer.parameters(recurse=False):
-            parameter.weight_loader_numel = rows * parameter[:1].numel()
-        layer.weight.vocab_layer = ref(layer)
+            attached.expect_rows(parameter, rows)
+        attached.set_vocab_layer(layer)
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         """int64 token ids [...] -> [..., K] in the layer's dtype, each row scaled in fp32 and rounded once."""
@@ -47,7 +47,7 @@ class TiedHeadMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Shares the embedding's tensors, where the model shared its parameter before it was quantized."""
-        embed_tokens = layer.weight.vocab_layer()
+        embed_tokens = attached.vocab_layer(layer.weight)
         layer.register_parameter("weight", embed_tokens.weight)
         layer.register_parameter("weight_scale", embed_tokens.weight_scale)
 

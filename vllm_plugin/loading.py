@@ -15,6 +15,8 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.meta import CopyCounter
 
+from rowint8.vllm_plugin import attached
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of a checkpoint's weights that can be quantized."""
 
@@ -50,7 +52,7 @@ def guarded_loader(load: Callable, layer: nn.Module, name: str, dtypes: tuple[to
         with CopyCounter() as counter:
             answer = load(param, loaded_weight, *shard)
         if not param.is_meta:  # on the meta device vLLM only counts, and loads again later
-            param.loaded_parts = getattr(param, "loaded_parts", {}) | {shard: counter.copied_numel}
+            attached.note_part(param, shard, counter.copied_numel)
         return answer
 
     return guarded
@@ -82,8 +84,7 @@ def _checkpoint_shape(layer: Any, param: Tensor, shard: Any = None) -> list[int]
 def refuse_incomplete(layer: nn.Module, prefix: str) -> None:
     """ValueError unless the checkpoint filled every parameter of the layer, up to the padding of a vocabulary."""
     for name, param in layer.named_parameters(recurse=False):
-        parts = getattr(param, "loaded_parts", {})
-        expected = getattr(param, "weight_loader_numel", param.numel())
+        parts, expected = attached.loaded_parts(param), attached.expected_numel(param)
         if sum(parts.values()) < expected:
             found = f"{len(parts)} parts" if len(parts) > 3 else ", ".join(map(_part_name, parts)) or "nothing"
             raise ValueError(

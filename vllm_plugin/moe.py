@@ -25,6 +25,7 @@ from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
 from rowint8.kernels import ops
+from rowint8.vllm_plugin import attached
 from rowint8.vllm_plugin.linear import quantize_part
 from rowint8.vllm_plugin.loading import FLOATS, SAVED_FROM_MEMORY, guarded_loader, refuse_incomplete
 
@@ -87,7 +88,7 @@ class RowInt8MoEMethod(OnlineMoEMethodBase):
         Raises:
             ValueError: the checkpoint lacks a part of an expert, or holds NaN or Inf.
         """
-        if getattr(layer, "_already_called_process_weights_after_loading", False):
+        if attached.is_processed(layer):
             return
         if not self.dummy and not self.from_memory:
             refuse_incomplete(layer, self.prefix)
@@ -96,7 +97,7 @@ class RowInt8MoEMethod(OnlineMoEMethodBase):
             self._quantize(layer, "w2_weight", group=get_ep_group() if self.moe.tp_size > 1 else None)
         if self.moe_kernel is None:  # a reload writes into the tensors that the kernel already has
             self._make_kernel(layer)
-        layer._already_called_process_weights_after_loading = True
+        attached.set_processed(layer)
 
     def get_fused_moe_quant_config(self, layer: Any) -> Any:
         return int8_w8a16_moe_quant_config(w1_scale=layer.w13_weight_scale, w2_scale=layer.w2_weight_scale)

@@ -22,39 +22,11 @@ from torch import Tensor, fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch._inductor.pattern_matcher import PatternMatcherPass, fwd_only, register_replacement
 from vllm.compilation.passes.inductor_pass import InductorPass, enable_fake_mode
-from vllm.config import CompilationMode, get_current_vllm_config
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
 
 from rowint8.kernels import ops
 
 logger = init_logger(f"vllm.{__name__}")
-
-
-def expect_gate_up(shape: tuple[int, int]) -> None:
-    """Announces a merged gate and up layer [2I, K] of the model being built; the first installs the model's pass."""
-    config = get_current_vllm_config()
-    passes = config.compilation_config.inductor_compile_config
-    installed = passes.get(current_platform.pass_key)
-    if isinstance(installed, SwigluFusion):
-        installed.gate_ups.append(shape)
-        return
-    obstacle = _obstacle(config, installed)
-    if obstacle:
-        logger.info_once(f"rowint8: SwiGLU is not fused: {obstacle}")
-    else:
-        passes[current_platform.pass_key] = SwigluFusion(config.model_config.dtype, [shape])
-
-
-def _obstacle(config: Any, installed: Any) -> str | None:
-    """Why no pass can be installed in this model's compilation, if so."""
-    if config.compilation_config.mode == CompilationMode.NONE:
-        return "the model is not compiled"
-    if config.lora_config is not None:
-        return "LoRA adds to its inputs"
-    if installed is not None:
-        return f"{current_platform.pass_key} is taken by {installed!r}"
-    return None
 
 
 class SwigluFusion(InductorPass):

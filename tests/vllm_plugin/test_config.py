@@ -81,6 +81,22 @@ def test_wrong_options_are_refused(options, message):
     assert message in str(error.value)
 
 
+def test_choosing_a_method_changes_no_setting_of_vllm():
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+
+    vllm_plugin.register()
+    config = VllmConfig()
+    config.kernel_config.ir_op_priority.fused_add_rms_norm = ["native"]
+    passes = dict(config.compilation_config.inductor_compile_config)
+    layer = MergedColumnParallelLinear.__new__(MergedColumnParallelLinear)
+    with set_current_vllm_config(config):
+        method = RowInt8Config().get_quant_method(layer, "model.layers.0.mlp.gate_up_proj")
+    assert (method.prefix, method.fuse_swiglu, method.fuse_norm) == ("model.layers.0.mlp.gate_up_proj", True, True)
+    assert config.compilation_config.inductor_compile_config == passes
+    assert config.kernel_config.ir_op_priority.fused_add_rms_norm == ["native"]
+
+
 def test_ignored_names_follow_the_models_renaming_and_patterns_stay():
     from vllm.model_executor.models.utils import WeightsMapper
 

@@ -10,7 +10,8 @@ import torch
 from vllm import ir
 from vllm.config import CompilationMode
 
-from rowint8.vllm_plugin import norm, register
+from rowint8.vllm_plugin import register
+from rowint8.vllm_plugin.model import prepare_model
 from rowint8.vllm_plugin.norm import PROVIDER
 
 
@@ -51,9 +52,8 @@ def test_it_comes_before_native_code_alone_and_in_compiled_models(monkeypatch, f
     config = SimpleNamespace(
         kernel_config=SimpleNamespace(ir_op_priority=priorities), compilation_config=SimpleNamespace(mode=mode)
     )
-    monkeypatch.setattr(norm, "get_current_vllm_config", lambda: config)
     monkeypatch.setattr(ir.ops.fused_add_rms_norm, "set_default", chosen.append)
-    norm.prefer_provider()
+    prepare_model(config, fuse_norm=True)
     if (first, mode) == ("native", CompilationMode.VLLM_COMPILE):
         assert priorities.fused_add_rms_norm == [PROVIDER, *order]
         assert chosen == [priorities.fused_add_rms_norm]
