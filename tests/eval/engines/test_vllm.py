@@ -32,7 +32,7 @@ from rowint8.eval.engines.vllm_worker import generate, random_prompts
 from rowint8.eval.errors import EvalError
 from rowint8.eval.models import MODELS
 from rowint8.eval.results.files import read_results
-from rowint8.eval.results.schema import GIB, GenerationRow, VllmRow
+from rowint8.eval.results.schema import GIB, Generation
 
 TWO_BY_THREE = Workload(2, 5, 3)
 
@@ -123,7 +123,7 @@ def test_ratio_is_to_bf16_on_the_same_workload():
 
 def test_rows_have_the_keys_of_every_generation():
     (row,) = setup_rows("bf16", [TWO_BY_THREE], result(ONE_REPEAT), ranks=1)
-    assert isinstance(row, GenerationRow)
+    assert isinstance(row, Generation)
     with pytest.raises(ValueError, match="greater than or equal to 0"):
         replace(row, spread={"tok_s": -0.1})
 
@@ -303,7 +303,7 @@ def test_prompts_are_the_same_for_every_setup():
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """Lets a shell script stand in for the worker: $3 is its result file."""
+    """Lets a shell script stand in for the worker: $4 is its result file."""
 
     def install(body: str) -> None:
         script = tmp_path / "python"
@@ -315,7 +315,7 @@ def stand_in(tmp_path, monkeypatch):
 
 
 def test_the_worker_gets_the_setup(stand_in, tmp_path):
-    stand_in(f"cat > {tmp_path}/request; env > {tmp_path}/env; echo '{{}}' > $3")
+    stand_in(f"cat > {tmp_path}/request; env > {tmp_path}/env; echo '{{}}' > $4")
     setup = Setup({"quantization": "fp8", "load_format": "auto"}, {"ROWINT8_TEST": "there"})
     assert run_setup(setup, {"model": "m", "load_format": "dummy"}, [TWO_BY_THREE], 4) == {}
     request = json.loads((tmp_path / "request").read_text())
@@ -326,7 +326,7 @@ def test_the_worker_gets_the_setup(stand_in, tmp_path):
 
 
 def test_a_result_counts_even_if_vllm_fails_to_stop(stand_in):
-    stand_in("echo '{\"start_s\": 1}' > $3; exit 134")
+    stand_in("echo '{\"start_s\": 1}' > $4; exit 134")
     assert run_setup(SETUPS["bf16"], {}, [TWO_BY_THREE], 1) == {"start_s": 1}
 
 
@@ -371,7 +371,7 @@ def test_a_real_run_keeps_the_rows_of_the_setups_that_work(tmp_path, monkeypatch
     )
     assert str(done.exception).startswith("failed: broken")
     assert "no-such-method" in done.stderr
-    rows = read_results(tmp_path / "r.json", VllmRow).rows
+    rows = read_results(tmp_path / "r.json").rows
     assert [(row.setup, row.batch, row.prompt_tokens, row.output_tokens) for row in rows] == [
         (setup, *size) for setup in ("bf16", "rowint8") for size in ((2, 8, 4), (3, 64, 1))
     ]
