@@ -43,6 +43,7 @@ def bench_vllm(
     """
     from rowint8.eval.engines import vllm as job
     from rowint8.eval.engines.setups import SETUPS, choose_setups, model_folder
+    from rowint8.eval.report.vllm import setup_table, speed_table
     from rowint8.eval.results.schema import VllmRow
 
     names = _installed(choose_setups(setups))
@@ -59,7 +60,7 @@ def bench_vllm(
             return rows
 
         failed = kept.measure(names, run)
-    kept.finish(failed, job.speed_table, job.setup_table)
+    kept.finish(failed, speed_table, setup_table)
 
 
 def bench_serve(
@@ -89,6 +90,7 @@ def bench_serve(
     """
     from rowint8.eval.engines import serve as job
     from rowint8.eval.engines.setups import choose_setups, model_folder
+    from rowint8.eval.report.serve import serve_table
     from rowint8.eval.results.schema import ServeRow
 
     names = choose_setups(setups or job.DEFAULT_SETUPS, job.SERVED)
@@ -101,7 +103,8 @@ def bench_serve(
             job.write_tokenizer(folder)
         arguments = {**loading, **job.server_arguments(load, tensor_parallel_size, enforce_eager)}
         failed = kept.measure(names, lambda name: job.run_setup(name, folder, arguments, sent_at, load))
-    kept.finish(failed, job.serve_table)
+    by_rate = sorted(kept.rows, key=lambda row: row.request_rate)
+    kept.finish(failed, lambda _: serve_table(("", row) for row in by_rate))
 
 
 def _installed(names: list[str]) -> list[str]:

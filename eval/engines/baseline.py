@@ -12,10 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
-from rowint8.baseline_engine.metrics import speedup
-from rowint8.eval.console import compact_table
 from rowint8.eval.engines import baseline_worker
 from rowint8.eval.engines.repeats import measured_fields
 from rowint8.eval.engines.vllm import GPU_MEMORY_UTILIZATION, MAX_BATCHED_TOKENS, Workload
@@ -146,30 +142,3 @@ def _row(name: str, engine: EngineName, requests: Requests, run: dict[str, Any],
         kv_waste=last["kv_waste"] if ours else None,
         attention=last["attention"] if ours else None,
     )
-
-
-def ladder_table(rows: Sequence[EngineRow]) -> Table:
-    """One line a workload and setup, the setups of a workload together."""
-    table = compact_table(
-        title="batch x prompt tokens x output tokens",
-        caption="x before, x first: tok/s over the line above and over the workload's first; host ms: the host's own "
-        "work in the median step (on the CPU the computation too); waste: empty part of the KV blocks in use",
-    )
-    for heading in ("workload", "setup"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("TTFT ms", "TPOT ms", "tok/s", "x before", "x first", "peak GiB", "host ms", "waste"):
-        table.add_column(heading, justify="right")
-    for workload in dict.fromkeys(row.size for row in rows):
-        same = [row for row in rows if row.size == workload]
-        for before, row in zip([same[0], *same], same, strict=False):
-            table.add_row(
-                "x".join(map(str, workload)) if row is same[0] else "",
-                row.setup if row.engine == "baseline" else f"{row.engine} {row.setup}",
-                *(f"{value:.2f}" if value is not None else "-" for value in (row.ttft_ms, row.tpot_ms)),
-                f"{row.tok_s:.1f}",
-                *(f"{speedup(1 / base.tok_s, 1 / row.tok_s):.2f}" for base in (before, same[0])),
-                f"{row.peak_mem_gib:.2f}",
-                "-" if row.host_ms is None else f"{row.host_ms:.3f}",
-                "-" if row.kv_waste is None else f"{row.kv_waste:.1%}",
-            )
-    return table

@@ -14,9 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
-from rowint8.eval.console import compact_table
 from rowint8.eval.engines.server import vllm_server
 from rowint8.eval.engines.setups import SETUPS
 from rowint8.eval.errors import EvalError
@@ -184,33 +181,3 @@ def row_of(name: str, rate: float, load: Load, result: Mapping[str, Any], comman
 def _first_error(result: Mapping[str, Any]) -> str:
     errors = (error.strip() for error in result.get("errors", ()))
     return next((f"; the first said: {error.splitlines()[-1]}" for error in errors if error), "")
-
-
-def serve_table(rows: Sequence[ServeRow]) -> Table:
-    """One line a rate and setup, the setups of a rate together."""
-    first = rows[0]
-    limits = ", ".join(f"{name} <= {limit:g} ms" for name, limit in first.goodput_limits_ms.items())
-    table = compact_table(
-        title=f"vllm serve: {first.prompt_tokens} prompt tokens, {first.output_tokens} output tokens; ms",
-        caption=f"good/s: requests per second with {limits}",
-    )
-    table.add_column("req/s", justify="right")
-    table.add_column("setup")
-    for metric in ("TTFT", "TPOT", "ITL"):
-        for percentile in ("p50", "p99"):
-            table.add_column(f"{metric} {percentile}", justify="right")
-    for heading in ("tok/s", "good/s"):
-        table.add_column(heading, justify="right")
-    for rate in dict.fromkeys(row.request_rate for row in rows):
-        alike = [row for row in rows if row.request_rate == rate]
-        for row in alike:
-            times = [times[p] for times in (row.ttft_ms, row.tpot_ms, row.itl_ms) for p in ("p50", "p99")]
-            cells = [
-                f"{rate:g}",
-                row.setup,
-                *(f"{time:.1f}" for time in times),
-                f"{row.tok_s:.0f}",
-                f"{row.goodput:.2f}",
-            ]
-            table.add_row(*cells, end_section=row is alike[-1])
-    return table

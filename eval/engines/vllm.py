@@ -11,10 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
-from rowint8.baseline_engine.metrics import speedup
-from rowint8.eval.console import compact_table
 from rowint8.eval.engines import vllm_worker
 from rowint8.eval.engines.repeats import measured_fields
 from rowint8.eval.engines.setups import Setup
@@ -24,8 +20,6 @@ from rowint8.eval.processes import run_worker, vllm_environment
 from rowint8.eval.results.schema import VllmRow
 
 DEFAULT_WORKLOADS = "1x128x128,8x128x128,32x128x128,128x128x128,8x1024x1,1x2048x1"
-BASE = "bf16"
-"""The setup that ratios are taken to."""
 MAX_BATCHED_TOKENS = 8192
 GPU_MEMORY_UTILIZATION = 0.9
 SETUP_TIMEOUT = 1200.0
@@ -121,54 +115,3 @@ def summary(rows: Sequence[VllmRow], seconds: float) -> str:
     return (
         f"{first.setup}: {seconds:.0f} s, of which engine start {first.start_s:.0f}; compiled while answering: {names}"
     )
-
-
-def speed_table(rows: Sequence[VllmRow]) -> Table:
-    """One line a workload and setup, the setups of a workload together."""
-    table = compact_table(
-        title="vLLM: batch x prompt tokens x output tokens",
-        caption=f"x {BASE}: tok/s over {BASE}'s of this run; ±: (largest - smallest) / median tok/s over "
-        f"{rows[0].repeats} repeats; peak: on a GPU without the KV cache, on a CPU the whole process",
-    )
-    for heading in ("workload", "setup"):
-        table.add_column(heading)
-    for heading in ("TTFT ms", "ITL ms", "TPOT ms", "tok/s", "±", f"x {BASE}", "peak GiB"):
-        table.add_column(heading, justify="right")
-    for workload in dict.fromkeys(_workload(row) for row in rows):
-        alike = [row for row in rows if _workload(row) == workload]
-        base = next((row for row in alike if row.setup == BASE), None)
-        for row in alike:
-            table.add_row(*_speed_cells(row, base), end_section=row is alike[-1])
-    return table
-
-
-def _workload(row: VllmRow) -> Workload:
-    return Workload(row.batch, row.prompt_tokens, row.output_tokens)
-
-
-def _speed_cells(row: VllmRow, base: VllmRow | None) -> list[str]:
-    return [
-        str(_workload(row)),
-        row.setup,
-        f"{row.ttft_ms:.1f}",
-        "" if row.itl_ms is None else f"{row.itl_ms:.2f}",
-        "" if row.tpot_ms is None else f"{row.tpot_ms:.2f}",
-        f"{row.tok_s:.0f}" if row.tok_s >= 1000 else f"{row.tok_s:.1f}",
-        f"{row.spread['tok_s']:.1%}",
-        f"{speedup(1 / base.tok_s, 1 / row.tok_s):.2f}" if base else "",
-        f"{row.peak_mem_gib:.2f}",
-    ]
-
-
-def setup_table(rows: Sequence[VllmRow]) -> Table:
-    """One line a setup: its weights, its start, and what it compiled while it should have been answering."""
-    table = compact_table(title="setups", caption="compiled: kernels and graphs, after the first request")
-    table.add_column("setup")
-    for heading in ("GPUs", "weights GiB each", "start s", "compiled"):
-        table.add_column(heading, justify="right")
-    for setup in dict.fromkeys(row.setup for row in rows):
-        alike = [row for row in rows if row.setup == setup]
-        first, compiled = alike[0], sum(len(row.compiled) for row in alike)
-        weights, start = f"{first.weights_gib:.3f}", f"{first.start_s:.1f}"
-        table.add_row(setup, str(first.tensor_parallel_size), weights, start, str(compiled))
-    return table

@@ -13,12 +13,13 @@ from rowint8.eval.models import MODELS, embedding_bytes
 from rowint8.eval.plots import pictures
 from rowint8.eval.quality.agreement import compared
 from rowint8.eval.report.checks import check_all, read_ceilings
-from rowint8.eval.report.engine import engine_table
+from rowint8.eval.report.engine import engine_part
 from rowint8.eval.report.kernels import compiler_table, kernel_section, limits, short_table, tallies
 from rowint8.eval.report.memory import memory_section
 from rowint8.eval.report.profile import parts_table, profile_section
 from rowint8.eval.report.quality import fidelity_line, fidelity_table, quality_summary, quality_table
-from rowint8.eval.report.vllm import vllm_table
+from rowint8.eval.report.serve import COLUMNS, serve_table
+from rowint8.eval.report.vllm import vllm_part
 from rowint8.eval.results.files import Results, read_results
 from rowint8.eval.results.schema import (
     GIB,
@@ -32,6 +33,7 @@ from rowint8.eval.results.schema import (
     QualityRow,
     ServeRow,
 )
+from rowint8.eval.tables import Table
 
 Found = Mapping[str, Results]
 """Result files by their names without ".json"."""
@@ -85,13 +87,13 @@ def parts(found: Found) -> dict[str, str]:
         "limits": limits(kernels),
         "compiler": compiler_table(found.get("kernels-compile-h100")),
         "gaps": _gaps(found),
-        "vllm": vllm_table(found.get("vllm-h200")),
-        "vllm-h100": vllm_table(found.get("vllm-h100")),
-        "vllm-tp2": "\n".join(vllm_table(found.get(f"vllm-{cards}")) for cards in ("h100x2", "h200x2")),
+        "vllm": vllm_part(found.get("vllm-h200")),
+        "vllm-h100": vllm_part(found.get("vllm-h100")),
+        "vllm-tp2": "\n".join(vllm_part(found.get(f"vllm-{cards}")) for cards in ("h100x2", "h200x2")),
         "fidelity": fidelity_line(found.get("fidelity-smollm2")),
         "profile": parts_table(profile.rows) if (profile := found.get("profile-h100")) else TBD,
-        "engine": engine_table(found.get("engine-h200")),
-        "engine-cpu": engine_table(found.get("engine-cpu")),
+        "engine": engine_part(found.get("engine-h200")),
+        "engine-cpu": engine_part(found.get("engine-cpu")),
     }
 
 
@@ -183,21 +185,9 @@ def _prompts_s(row: Generation) -> float:
 
 
 def _serving(found: Found) -> str:
-    heading = ["file", "requests/s", "setup", "prompt tokens", "output tokens", "TTFT p50 ms", "TTFT p99 ms"]
-    heading += ["TPOT p50 ms", "TPOT p99 ms", "tok/s", "goodput/s"]
-    lines = []
-    for stem, results in _of_kind(found, ServeRow).items():
-        for row in results.rows:
-            times = [number(time[p], 1) for time in (row.ttft_ms, row.tpot_ms) for p in ("p50", "p99")]
-            load = [
-                f"{row.request_rate:g}",
-                f"{row.engine} {row.setup}",
-                str(row.prompt_tokens),
-                str(row.output_tokens),
-            ]
-            limits = ", ".join(f"{name} <= {ms:g} ms" for name, ms in row.goodput_limits_ms.items())
-            lines.append([stem, *load, *times, number(row.tok_s, 1), f"{row.goodput:.2f} ({limits})"])
-    return table(heading, lines or [["serve-h100", *[TBD] * 10]])
+    rows = [(stem, row) for stem, results in _of_kind(found, ServeRow).items() for row in results.rows]
+    missing = Table(COLUMNS, [["serve-h100", *[TBD] * (len(COLUMNS) - 1)]])
+    return (serve_table(rows) if rows else missing).markdown()
 
 
 def _profile(results: Results[ProfileRow] | None) -> str:

@@ -1,22 +1,31 @@
-"""A file of `bench engine` as one table for docs/engine.md: workloads and setups down, what was measured across."""
+"""Rows of `bench engine` as a table: workloads and setups down, what was measured across."""
 
+from collections.abc import Sequence
 from itertools import groupby
 
-from rowint8.eval.markdown import TBD, table
+from rowint8.eval.markdown import TBD
 from rowint8.eval.results.files import Results
 from rowint8.eval.results.schema import EngineRow
+from rowint8.eval.tables import Column, Table
 
-_HEADING = ["requests x prompt x output tokens", "setup", "TTFT ms", "TPOT ms", "tok/s", "x first", "x vLLM's"]
-_HEADING += ["peak GiB", "host ms a step", "KV waste"]
+_COLUMNS = [
+    Column("requests x prompt x output tokens", "workload"),
+    *("setup", "TTFT ms", "TPOT ms", "tok/s", "x first", "x vLLM's", "peak GiB"),
+    Column("host ms a step", "host ms"),
+    Column("KV waste", "waste"),
+]
+_NOTE = (
+    "workload: requests x prompt x output tokens; x first: tok/s over the workload's first setup; x vLLM's: over vLLM "
+    "with the same weights; host ms: the host's own work in the median step (on the CPU the computation too); waste: "
+    "empty part of the KV blocks in use"
+)
 
 
-def engine_table(results: Results[EngineRow] | None) -> str:
-    """The ladder, workload by workload; tok/s also over that of the first setup, and of vLLM with the same weights."""
-    if results is None:
-        return TBD
-    environment, lines = results.environment, []
-    rows = sorted(results.rows, key=lambda row: row.size)  # stable: setups stay in their order
-    for size, group in groupby(rows, key=lambda row: row.size):
+def ladder_table(rows: Sequence[EngineRow]) -> Table:
+    """A line a workload and setup, the setups of a workload together."""
+    lines = []
+    ordered = sorted(rows, key=lambda row: row.size)  # stable: setups stay in their order
+    for size, group in groupby(ordered, key=lambda row: row.size):
         alike = list(group)
         vllm = {row.setup: row.tok_s for row in alike if row.engine == "vllm"}
         for row in alike:
@@ -35,8 +44,16 @@ def engine_table(results: Results[EngineRow] | None) -> str:
                     "-" if row.kv_waste is None else f"{row.kv_waste:.1%}",
                 ]
             )
+    return Table(_COLUMNS, lines, title="engines", note=_NOTE, words=2, grouped=True)
+
+
+def engine_part(results: Results[EngineRow] | None) -> str:
+    """The table in Markdown, with where it was measured."""
+    if results is None:
+        return TBD
+    environment = results.environment
     head = f"{environment.device}, vLLM {environment.vllm or 'not installed'}, torch {environment.torch}.\n\n"
-    return head + table(_HEADING, lines)
+    return head + ladder_table(results.rows).markdown()
 
 
 def _optional(value: float | None) -> str:

@@ -18,13 +18,13 @@ from rowint8.eval.engines.serve import (
     parse_goodput,
     parse_rates,
     row_of,
-    serve_table,
     server_arguments,
     server_flags,
     write_tokenizer,
 )
 from rowint8.eval.engines.setups import SETUPS, write_shape
 from rowint8.eval.errors import EvalError
+from rowint8.eval.report.serve import serve_table
 from rowint8.eval.results.files import read_results
 
 LOAD = Load(prompt_tokens=32, output_tokens=8, seconds=2.5, goodput={"ttft": 200.0, "tpot": 50.0})
@@ -64,10 +64,10 @@ def test_a_row_of_a_report():
     )
     assert (row.requests, row.tok_s, row.goodput, row.request_rate) == (10, 31.5, 3.5, 4)
     console = Console(file=io.StringIO(), width=80)
-    console.print(serve_table([row]))
+    console.print(serve_table([("", row)]))
     drawn = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     (line,) = [line.split() for line in drawn.splitlines() if " rowint8 " in line]
-    assert line == ["4", "rowint8", "50.0", "99.0", "51.0", "100.0", "52.0", "101.0", "32", "3.50"]
+    assert line == ["4", "rowint8", "50.0", "99.0", "51.0", "100.0", "52.0", "101.0", "31.5", "3.50"]
     assert "ttft <= 200 ms, tpot <= 50 ms" in drawn
 
 

@@ -24,13 +24,12 @@ from rowint8.eval.engines.vllm import (
     parse_workloads,
     run_setup,
     setup_rows,
-    setup_table,
-    speed_table,
     summary,
 )
 from rowint8.eval.engines.vllm_worker import generate, random_prompts
 from rowint8.eval.errors import EvalError
 from rowint8.eval.models import MODELS
+from rowint8.eval.report.vllm import setup_table, speed_table
 from rowint8.eval.results.files import read_results
 from rowint8.eval.results.schema import GIB, Generation
 

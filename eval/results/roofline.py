@@ -1,0 +1,38 @@
+"""What a kernel row means beside its card: what must be moved and computed, the least time for it, the best other."""
+
+from rowint8.eval.results.schema import Ceilings, KernelRow
+
+_ACTIVATION_BYTES = 2
+
+
+def bytes_moved(row: KernelRow) -> int:
+    """What a call must read and write at least.
+
+    A product: the INT8 weight, its scales and the activations, read. `add_rms_norm`: x and the residual read, the
+    normalized rows and the sum written.
+    """
+    if row.op == "add_rms_norm":
+        return 4 * row.M * row.N * _ACTIVATION_BYTES
+    return row.N * row.K + 2 * row.N + row.M * row.K * _ACTIVATION_BYTES
+
+
+def operations(row: KernelRow) -> int:
+    """Multiplications and additions of the product; 0 for `add_rms_norm`."""
+    return 0 if row.op == "add_rms_norm" else 2 * row.M * row.N * row.K
+
+
+def limit_us(row: KernelRow, ceilings: Ceilings) -> float:
+    """The least time that the card allows: moving the bytes at its read ceiling or computing, whichever is longer.
+
+    `add_rms_norm` of few tokens finds its inputs in the L2 cache, which is faster than that.
+    """
+    return max(bytes_moved(row) / (ceilings.read_tb_s * 1e6), operations(row) / (ceilings.bf16_tflop_s * 1e6))
+
+
+def best_peer(row: KernelRow, prefixes: tuple[str, ...] = ("",)) -> str | None:
+    """Name of the fastest that is not made of our kernels, of those that begin so; None where there is none.
+
+    "unfused" is our product followed by SiLU and multiplication.
+    """
+    names = [name for name in row.us if not name.startswith(("rowint8", "unfused")) and name.startswith(prefixes)]
+    return min(names, key=row.us.__getitem__, default=None)
