@@ -1,38 +1,70 @@
-"""Plots of the report beside the kernels': tok/s over batch, KL over bits, the ladder of setups; from results only."""
+"""The plots of the report, from results only: times of kernels, tok/s over batch and over setups, KL over bits."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 from rowint8.eval.errors import EvalError
 from rowint8.eval.models import FORMATS
-from rowint8.eval.plot_kernels import plot_kernels
 from rowint8.eval.results.files import Results
-from rowint8.eval.results.schema import FidelityRow, Generation, KernelRow
+from rowint8.eval.results.roofline import limit_us
+from rowint8.eval.results.schema import Ceilings, FidelityRow, Generation, KernelRow
+from rowint8.eval.writing import write_file
 
 _MOST_SHAPES = 6
 """In a picture of kernels: a layer's, or what one can read."""
 _LAYER = (4096, 4096)
 """The weight whose bits are counted: scales of a row or group cost more in narrower ones."""
+_COLUMNS = 3
+"""Panels of kernels beside one another."""
+_SIDE = 4.2
+"""Inches of the side of such a panel."""
 
 
 def pictures(found: Mapping[str, Results]) -> dict[str, Callable[[Path], None]]:
-    """File name to what draws it there: those whose data exist."""
-    drawn: dict[str, Callable[[Path], None]] = {}
+    """File name, which ends in .svg, to what draws it there: those whose data exist."""
+    drawn: dict[str, Callable[[], object]] = {}
     for stem, results in found.items():
-        first = results.rows[0]
+        first, device = results.rows[0], results.environment.device
         shapes = {row.shape for row in results.rows if isinstance(row, KernelRow)}
         if results.ceilings and 0 < len(shapes) <= _MOST_SHAPES:
-            drawn[f"{stem}.svg"] = partial(plot_kernels, results)
+            drawn[f"{stem}.svg"] = partial(_kernels, results.rows, results.ceilings, device)
         if isinstance(first, FidelityRow):
-            drawn[f"{stem}-kl.svg"] = partial(_save, partial(_kl, results.rows))
+            drawn[f"{stem}-kl.svg"] = partial(_figure, partial(_kl, results.rows))
         if isinstance(first, Generation):
             if len(ladder := [row for row in results.rows if row.batch == 1 and row.output_tokens > 1]) > 1:
-                drawn[f"{stem}-setups.svg"] = partial(_save, partial(_setups, ladder, results.environment.device))
+                drawn[f"{stem}-setups.svg"] = partial(_figure, partial(_setups, ladder, device))
             swept = _widest_sweep(results.rows)
             if len({row.batch for row in swept}) > 1:
-                drawn[f"{stem}-batch.svg"] = partial(_save, partial(_batches, swept, results.environment.device))
-    return drawn
+                drawn[f"{stem}-batch.svg"] = partial(_figure, partial(_batches, swept, device))
+    return {name: partial(_save, draw) for name, draw in drawn.items()}
+
+
+def _save(draw: Callable, path: Path) -> None:
+    """Writes the figure that `draw` returns as SVG, the same bytes for the same data.
+
+    Raises:
+        EvalError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise EvalError("plots need matplotlib; run `pip install 'rowint8[plots]'`, or give --no-plots") from None
+    figure, drawing = draw(), BytesIO()
+    tight = "tight" if figure.legends else None  # a legend of all panels needs more room, or less
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rowint8"}):
+        figure.savefig(drawing, format="svg", metadata={"Date": None}, bbox_inches=tight)
+    write_file(path, drawing.getvalue())
+
+
+def _figure(draw: Callable):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    draw(figure.subplots())
+    return figure
 
 
 def _widest_sweep(rows: Sequence[Generation]) -> list[Generation]:
@@ -76,23 +108,57 @@ def _kl(rows: Sequence[FidelityRow], axes) -> None:
     axes.set(yscale="log", xlabel=f"bits a weight, scales included, [{n}, {k}]", ylabel="mean KL, nats")
 
 
-def _save(draw: Callable, path: Path) -> None:
-    """Draws one panel into a file.
-
-    Raises:
-        EvalError: matplotlib is not installed, or the file cannot be written.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise EvalError("plots need matplotlib; run `pip install 'rowint8[plots]'`, or give --no-plots") from None
-    matplotlib.use("agg")
+def _kernels(rows: Sequence[KernelRow], ceilings: Ceilings, device: str):
+    """Every entry of the rows' `us` over M with the card's limit, one panel an operator and shape."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    draw(figure.subplots())
-    try:
-        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rowint8"}):
-            figure.savefig(path, metadata={"Date": None})
-    except OSError as error:
-        raise EvalError(f"cannot write {path}: {error.strerror}") from None
+    panels: dict[str, list[KernelRow]] = {}
+    for row in rows:
+        panels.setdefault(_title(row), []).append(row)
+    lines, columns = -(-len(panels) // _COLUMNS), min(len(panels), _COLUMNS)
+    figure = Figure(figsize=(_SIDE * columns, _SIDE * lines), layout="constrained")
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
+    styles = _styles(rows)
+    for axes, (title, part) in zip(grid, panels.items(), strict=False):
+        _panel(axes, title, sorted(part, key=lambda row: row.M), ceilings, styles)
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    handles = {
+        label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
+    figure.suptitle(f"Time of a call on {device}")
+    return figure
+
+
+def _title(row: KernelRow) -> str:
+    sizes = f"[{row.N}]" if row.op == "add_rms_norm" else f"[{row.N}, {row.K}]"
+    return f"{row.op} {row.shape} {sizes}, {row.dtype}"
+
+
+def _styles(rows: Sequence[KernelRow]) -> dict[str, dict]:
+    """One look a name, the same in every panel; rowint8 stands out."""
+    others = [name for name in dict.fromkeys(name for row in rows for name in row.us) if name != "rowint8"]
+    looks = {
+        name: dict(color=f"C{1 + i % 9}", marker="os^Dv"[i // 9 % 5], ms=3, lw=1.1) for i, name in enumerate(others)
+    }
+    return {"rowint8": dict(color="C0", marker="o", ms=4.5, lw=2.4, zorder=5)} | looks
+
+
+def _panel(axes, title: str, rows: Sequence[KernelRow], ceilings: Ceilings, styles: dict[str, dict]) -> None:
+    for name in styles:
+        measured = [row for row in rows if name in row.us]
+        if measured:
+            axes.plot([row.M for row in measured], [row.us[name] for row in measured], label=name, **styles[name])
+    between = sorted({round(rows[0].M * (rows[-1].M / rows[0].M) ** (step / 100)) for step in range(101)})
+    limit = [limit_us(replace(rows[0], M=m), ceilings) for m in between]
+    axes.plot(between, limit, color="black", ls="--", lw=1.2, label="limit")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    fastest = min(min(row.us.values()) for row in rows)
+    axes.set_ylim(bottom=max(min(limit), fastest / 8) * 0.8)  # the limit of a norm of one row is far below any launch
+    axes.set_xticks([row.M for row in rows], [str(row.M) for row in rows], rotation=90, fontsize=7)
+    axes.set_title(title, fontsize=9)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("microseconds")
+    axes.grid(True, which="both", alpha=0.25)

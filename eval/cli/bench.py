@@ -8,7 +8,6 @@ from rowint8.eval.cli import bench_vllm as cli_bench_vllm
 
 bench = typer.Typer(help="Measure speed.", no_args_is_help=True)
 bench.command("kernels")(cli_bench_kernels.bench_kernels)
-bench.command("plot-kernels")(cli_bench_kernels.plot_kernels)
 bench.command("vllm")(cli_bench_vllm.bench_vllm)
 bench.command("serve")(cli_bench_vllm.bench_serve)
 bench.command("engine")(cli_bench_engine.bench_engine)

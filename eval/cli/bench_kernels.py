@@ -1,4 +1,4 @@
-"""The commands `rowint8 bench kernels` and `rowint8 bench plot-kernels`."""
+"""The command `rowint8 bench kernels`."""
 
 from dataclasses import replace
 from enum import Enum
@@ -51,8 +51,8 @@ def bench_kernels(
         raise EvalError("kernels are timed on a CUDA GPU; torch finds none here")
     from rowint8.eval.kernels.bench import KernelBench
     from rowint8.eval.kernels.inductor import MODES
-    from rowint8.eval.kernels.table import kernel_tables
     from rowint8.eval.kernels.timing import measure_ceilings
+    from rowint8.eval.report.kernels import kernel_tables
 
     names = (["marlin", "machete", "gemlite"] if peers else []) + (["humming"] if humming else [])
     bench = KernelBench(getattr(torch, dtype.value), say, names, list(MODES) if compile_ else [])
@@ -67,21 +67,6 @@ def bench_kernels(
     for table in kernel_tables(rows, ceilings):
         out.print(table)
     write(json_file, rows, ceilings)
-
-
-def plot_kernels(
-    results: Annotated[Path, typer.Argument(help="A file of `rowint8 bench kernels --json`.")],
-    picture: Annotated[Path, typer.Argument(help="The .svg, .png or .pdf to write.")],
-) -> None:
-    """Draw times over tokens, a panel for every operator and shape, with the limit of the card.
-
-    Example: rowint8 bench plot-kernels results/kernels-h100.json results/kernels-h100.svg
-    """
-    from rowint8.eval.plot_kernels import plot_kernels as draw
-    from rowint8.eval.results.files import read_results
-
-    draw(read_results(results), picture)
-    err.print(f"wrote {picture}", highlight=False)
 
 
 def _keep(path: Path | None, rows: list, ceilings) -> None:

@@ -5,8 +5,8 @@ from itertools import pairwise
 from math import isclose
 
 from rowint8.eval.errors import EvalError
-from rowint8.eval.kernels.table import best_peer, limit_us, operations
 from rowint8.eval.results.files import Results
+from rowint8.eval.results.roofline import best_peer, limit_us, operations
 from rowint8.eval.results.schema import (
     GIB,
     AgreementRow,

@@ -1,11 +1,12 @@
-"""Kernel rows as Markdown: beside the best that is not ours, cell by cell and counted."""
+"""Kernel rows: each time for the console; in documents beside the best that is not ours, cell by cell and counted."""
 
 from collections.abc import Mapping, Sequence
 
-from rowint8.eval.kernels.table import best_peer, limit_us
 from rowint8.eval.markdown import TBD, folded, number, table
 from rowint8.eval.results.files import Results
+from rowint8.eval.results.roofline import best_peer, bytes_moved, limit_us, operations
 from rowint8.eval.results.schema import Ceilings, KernelRow
+from rowint8.eval.tables import Table
 
 EVEN = 0.02
 """Ratios this near to 1 count as even."""
@@ -108,6 +109,40 @@ def _all_cells(rows: Sequence[KernelRow], ceilings: Ceilings | None) -> str:
         ]
         lines.append([*cells, share])
     return table(["operator", "shape", "M", "rowint8", "best other", "ratio", "spread", "of limit"], lines)
+
+
+def kernel_tables(rows: Sequence[KernelRow], ceilings: Ceilings) -> list[Table]:
+    """For the console: a table for each operator, a line a row with every time in it."""
+    by_op = {op: [row for row in rows if row.op == op] for op in dict.fromkeys(row.op for row in rows)}
+    return [_console_table(op, part, ceilings) for op, part in by_op.items()]
+
+
+def _console_table(op: str, rows: Sequence[KernelRow], ceilings: Ceilings) -> Table:
+    spread = max(max(row.spread.values()) for row in rows)
+    others = [name for name in dict.fromkeys(name for row in rows for name in row.us) if name != "rowint8"]
+    return Table(
+        ["shape", "M", "rowint8", *others, "vs best", "host us", "GB/s", "TFLOP/s", "of limit"],
+        [_console_cells(row, others, ceilings) for row in rows],
+        title=f"{op}: microseconds a call, {', '.join(dict.fromkeys(row.dtype for row in rows))} activations",
+        note="vs best: time / the best other's; host us: to queue a call; of limit: the least time the card allows / "
+        f"time, at its read ceiling of {ceilings.read_tb_s:.2f} TB/s or {ceilings.bf16_tflop_s:.0f} TFLOP/s in bf16; "
+        f"largest spread {spread:.1%}",
+    )
+
+
+def _console_cells(row: KernelRow, others: Sequence[str], ceilings: Ceilings) -> list[str]:
+    ours, best = row.us["rowint8"], best_peer(row)
+    return [
+        row.shape,
+        str(row.M),
+        f"{ours:.1f}",
+        *(f"{row.us[name]:.1f}" if name in row.us else "" for name in others),
+        f"{ours / row.us[best]:.2f} {best}" if best else "",
+        f"{row.host_us['rowint8']:.0f}" if row.host_us else "",
+        f"{bytes_moved(row) / ours / 1e3:.0f}",
+        f"{operations(row) / ours / 1e6:.1f}" if operations(row) else "",
+        f"{limit_us(row, ceilings) / ours:.0%}",
+    ]
 
 
 def limits(results: Results[KernelRow] | None, tokens: Sequence[int] = (1, 16, 64, 128, 256, 512, 2048)) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from rowint8.eval.errors import EvalError
-from rowint8.eval.kernels.table import best_peer
 from rowint8.eval.markdown import fill, table
 from rowint8.eval.models import weight_bytes
 from rowint8.eval.plots import pictures
@@ -17,6 +16,7 @@ from rowint8.eval.report.document import documents, parts, read_folder, report
 from rowint8.eval.report.kernels import compiler_table, lost_cells, tallies
 from rowint8.eval.results.environment import describe_environment
 from rowint8.eval.results.files import Results, read_results, write_results
+from rowint8.eval.results.roofline import best_peer
 from rowint8.eval.results.schema import (
     GIB,
     AgreementRow,
