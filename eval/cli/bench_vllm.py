@@ -5,34 +5,24 @@ from typing import Annotated, Optional
 
 import typer
 
-from rowint8.eval.cli.options import Config, Layers, Model
+from rowint8.eval.cli.options import Config, Eager, Layers, Model, Repeats, TensorParallelSize, Workloads
 from rowint8.eval.cli.output import Append, Json, Kept, say, warn_if_busy
+from rowint8.eval.engines import speed
+from rowint8.eval.engines.setups import SERVED, SETUPS, choose_setups, model_folder, vocab_size
 from rowint8.eval.errors import EvalError
-
-TensorParallelSize = Annotated[int, typer.Option(min=1, help="GPUs that a model is split over.")]
-Eager = Annotated[bool, typer.Option("--enforce-eager", help="No compilation, no CUDA graphs: a quick trial.")]
 
 
 def bench_vllm(
     setups: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(
-            help="Comma-separated: bf16, rowint8, rowint8-no-norm, rowint8-unfused, rowint8-lm-head, fp8, w8a16, "
-            "humming. Default: all."
-        ),
+        typer.Option(help=f"Comma-separated: {', '.join(SETUPS)}. Default: all."),
     ] = None,
     model: Model = None,
     config: Config = None,
     layers: Layers = None,
     tensor_parallel_size: TensorParallelSize = 1,
-    workloads: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            help="Comma-separated BATCHxPROMPTxOUTPUT. "
-            "Default: 1x128x128,8x128x128,32x128x128,128x128x128,8x1024x1,1x2048x1."
-        ),
-    ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Measured runs of a workload; medians count.")] = 3,
+    workloads: Workloads = speed.VLLM_WORKLOADS,
+    repeats: Repeats = 3,
     enforce_eager: Eager = False,
     json_file: Json = None,
     append: Append = False,
@@ -42,20 +32,20 @@ def bench_vllm(
     Example: rowint8 bench vllm --setups bf16,rowint8,fp8 --json vllm.json
     """
     from rowint8.eval.engines import vllm as job
-    from rowint8.eval.engines.setups import SETUPS, choose_setups, model_folder
     from rowint8.eval.report.vllm import setup_table, speed_table
     from rowint8.eval.results.schema import VllmRow
 
-    names = _installed(choose_setups(setups))
-    sizes = job.parse_workloads(workloads or job.DEFAULT_WORKLOADS)
+    names, sizes = _installed(choose_setups(setups)), speed.parse_workloads(workloads)
     warn_if_busy()
     kept = Kept(json_file, VllmRow, append)
     with model_folder(model, config, layers) as (folder, loading):
+        requests = speed.make_requests(sizes, vocab_size(folder))
         llm = {**loading, **job.llm_arguments(folder, sizes, tensor_parallel_size, enforce_eager)}
 
         def run(name: str) -> list[VllmRow]:
             start = time.monotonic()
-            rows = job.setup_rows(name, sizes, job.run_setup(SETUPS[name], llm, sizes, repeats), tensor_parallel_size)
+            result = speed.run_setup(SETUPS[name], llm, requests, repeats, timeout=job.SETUP_TIMEOUT)
+            rows = job.setup_rows(name, requests, result)
             say(job.summary(rows, time.monotonic() - start))
             return rows
 
@@ -64,13 +54,7 @@ def bench_vllm(
 
 
 def bench_serve(
-    setups: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            help="Comma-separated: bf16, rowint8, rowint8-no-norm, rowint8-unfused, rowint8-lm-head, fp8, w8a16. "
-            "Default: bf16,rowint8,fp8."
-        ),
-    ] = None,
+    setups: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(SERVED)}.")] = "bf16,rowint8,fp8",
     model: Model = None,
     config: Config = None,
     layers: Layers = None,
@@ -89,18 +73,14 @@ def bench_serve(
     Example: rowint8 bench serve --rates 8,32 --goodput ttft:200,tpot:20 --json serve.json
     """
     from rowint8.eval.engines import serve as job
-    from rowint8.eval.engines.setups import choose_setups, model_folder
     from rowint8.eval.report.serve import serve_table
     from rowint8.eval.results.schema import ServeRow
 
-    names = choose_setups(setups or job.DEFAULT_SETUPS, job.SERVED)
-    sent_at = job.parse_rates(rates)
+    names, sent_at = choose_setups(setups, SERVED), job.parse_rates(rates)
     load = job.Load(prompt_tokens, output_tokens, seconds, job.parse_goodput(goodput))
     warn_if_busy()
     kept = Kept(json_file, ServeRow, append)
-    with model_folder(model, config, layers) as (folder, loading):
-        if model is None:
-            job.write_tokenizer(folder)
+    with model_folder(model, config, layers, tokenizer=True) as (folder, loading):
         arguments = {**loading, **job.server_arguments(load, tensor_parallel_size, enforce_eager)}
         failed = kept.measure(names, lambda name: job.run_setup(name, folder, arguments, sent_at, load))
     by_rate = sorted(kept.rows, key=lambda row: row.request_rate)
@@ -109,7 +89,6 @@ def bench_serve(
 
 def _installed(names: list[str]) -> list[str]:
     """The setups that can run here; says which cannot."""
-    from rowint8.eval.engines.setups import SETUPS
     from rowint8.eval.processes import require_package
 
     require_package("vllm", "run `pip install 'rowint8[vllm]'`")

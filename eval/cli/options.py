@@ -1,4 +1,4 @@
-"""Options of the commands that time whole engines: which model, on which shape of random weights."""
+"""Options that several commands share: which model, on which shape of random weights, how it is run."""
 
 from pathlib import Path
 from typing import Annotated, Optional
@@ -16,3 +16,7 @@ Config = Annotated[
     ),
 ]
 Layers = Annotated[Optional[int], typer.Option(min=1, help="Depth of the random weights, instead of all.")]  # noqa: UP045
+Workloads = Annotated[str, typer.Option(help="Comma-separated BATCHxPROMPTxOUTPUT, in tokens.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Measured runs of a workload; medians count.")]
+TensorParallelSize = Annotated[int, typer.Option(min=1, help="GPUs that a model is split over.")]
+Eager = Annotated[bool, typer.Option("--enforce-eager", help="No compilation, no CUDA graphs: a quick trial.")]

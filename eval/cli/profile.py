@@ -7,6 +7,7 @@ from rich.console import Group
 
 from rowint8.eval.cli.options import Config, Layers, Model
 from rowint8.eval.cli.output import Append, Json, Kept, warn_if_busy
+from rowint8.eval.engines.setups import choose_setups, model_folder
 
 
 def profile(
@@ -31,8 +32,6 @@ def profile(
     import torch
 
     from rowint8.eval.engines import profile as job
-    from rowint8.eval.engines.serve import write_tokenizer
-    from rowint8.eval.engines.setups import choose_setups, model_folder
     from rowint8.eval.report.profile import console_tables
     from rowint8.eval.results.schema import ProfileRow
 
@@ -41,8 +40,6 @@ def profile(
     cases = job.parse_batches(batches), job.parse_samplings(sampling), prompt_tokens, steps
     warn_if_busy()
     kept = Kept(json_file, ProfileRow, append)
-    with model_folder(model, config, layers) as (folder, loading):
-        if model is None:
-            write_tokenizer(folder)
+    with model_folder(model, config, layers, tokenizer=True) as (folder, loading):
         failed = kept.measure(names, lambda name: job.run_setup(name, known[name], folder, bool(loading), *cases))
     kept.finish(failed, lambda rows: Group(*console_tables(rows)))

@@ -1,9 +1,6 @@
-"""What `bench vllm` asks of vLLM's worker processes: their memory, and what they compile while requests run.
+"""What the benchmarks ask of vLLM's worker processes: their memory, and what they compile while requests run."""
 
-vLLM mixes `Probe` into its worker class (`worker_extension_cls`), on every rank; `LLM.collective_rpc` calls it by name.
-"""
-
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -51,7 +48,7 @@ def _traced_graphs() -> int:
 
 
 class Probe:
-    """Methods of a worker. Bytes throughout."""
+    """Methods that vLLM mixes into its worker class (`worker_extension_cls`), on every rank. Bytes throughout."""
 
     model_runner: Any
     device: torch.device
@@ -78,6 +75,19 @@ class Probe:
             "peak_mem": peak,
             "compiled": self._rowint8_compilations.read(),
         }
+
+
+def probed_llm(arguments: Mapping[str, Any]) -> Any:
+    """`vllm.LLM` with a Probe on every rank, which watches from here on: `collective_rpc("rowint8_read")` asks it.
+
+    It caches no prefixes and has no tokenizer.
+    """
+    from vllm import LLM
+
+    probe = f"{Probe.__module__}.{Probe.__qualname__}"
+    llm = LLM(**arguments, worker_extension_cls=probe, enable_prefix_caching=False, skip_tokenizer_init=True)
+    llm.collective_rpc("rowint8_watch")
+    return llm
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -12,11 +12,10 @@ from typing import Any
 
 from rowint8.baseline_engine.kv_cache import KvCache
 from rowint8.baseline_engine.model_config import ModelConfig
-from rowint8.eval.engines.baseline import Requests, Setup, engine_arguments, row_setup
-from rowint8.eval.engines.baseline import setups as engine_setups
+from rowint8.eval.engines.baseline import engine_arguments, row_setup
 from rowint8.eval.engines.profile_worker import WARM_TOKENS, measure
-from rowint8.eval.engines.vllm import MAX_BATCHED_TOKENS
-from rowint8.eval.engines.vllm_worker import random_prompts
+from rowint8.eval.engines.setups import Setup, ladder
+from rowint8.eval.engines.speed import MAX_BATCHED_TOKENS, Requests, random_prompts
 from rowint8.eval.errors import EvalError
 from rowint8.eval.kernels.shapes import is_count
 from rowint8.eval.processes import run_worker, vllm_environment
@@ -28,10 +27,9 @@ SAMPLINGS: dict[str, dict[str, float]] = {"greedy": {}, "top-p": {"temperature":
 
 def setups(gpu: bool) -> dict[str, Setup]:
     """Those of `bench engine` whose engine can be stepped. Graphs for prompts change no decode step."""
-    known = engine_setups(gpu).items()
     return {
         name: setup
-        for name, setup in known
+        for name, setup in ladder(gpu).items()
         if setup.engine != "transformers" and "prompt_graph_tokens" not in setup.arguments
     }
 
@@ -81,7 +79,7 @@ def run_setup(
         {"prompts": each.prompts, "tokens": each.outputs[0], "sampling": SAMPLINGS[sampling]}
         for each, (_, sampling) in zip(requests, cases, strict=True)
     ]
-    arguments = engine_arguments(setup, folder, dummy, requests)
+    arguments = {**engine_arguments(setup.engine, folder, dummy, requests), **setup.arguments}
     request = {"engine": setup.engine, "arguments": arguments, "dummy": dummy, "steps": steps, "runs": runs}
     in_one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **vllm_environment()}
     result = run_worker(measure, request, in_one_process)

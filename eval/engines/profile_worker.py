@@ -144,7 +144,7 @@ class Baseline:
     def __init__(self, arguments: dict[str, Any], dummy: bool) -> None:
         from rowint8.baseline_engine.engine import Engine, EngineConfig
         from rowint8.baseline_engine.tokenizer import Tokenizer
-        from rowint8.eval.engines.baseline_worker import random_model
+        from rowint8.eval.engines.speed_worker import random_model
 
         config = EngineConfig(**arguments)
         made: dict[str, Any] = {}
@@ -179,7 +179,8 @@ class Baseline:
         if self._engine.tokenizer:
             host_ms["detokenize"] = self._detokenize_ms()
         self.end()
-        rows = next((rows for rows in self._engine.runner.graphs if rows >= batch), batch)
+        graphs = self._engine.runner.decode_graphs
+        rows = next((graph.rows for graph in graphs if graph.rows >= batch), batch)
         return {
             "host_ms": host_ms,
             "kv_waste": times.kv_waste,
@@ -224,12 +225,9 @@ class Vllm:
     attention: str | None
 
     def __init__(self, arguments: dict[str, Any], dummy: bool) -> None:
-        from vllm import LLM
+        from rowint8.eval.engines.probe import probed_llm
 
-        from rowint8.eval.engines.vllm_worker import PROBE
-
-        llm = LLM(**arguments, worker_extension_cls=PROBE, enable_prefix_caching=False, skip_tokenizer_init=True)
-        llm.collective_rpc("rowint8_watch")
+        llm = probed_llm(arguments)
         (rank,) = llm.collective_rpc("rowint8_read")
         self.weights, self.attention = rank["weights"], None
         self._engine: Any = llm.llm_engine

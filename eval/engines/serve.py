@@ -1,8 +1,8 @@
 """Latency of `vllm serve` under load, one server a setup, measured by vLLM's own client `vllm bench serve`.
 
 Requests arrive at random (Poisson) at a given mean rate; each has the same number of random prompt tokens and as many
-output tokens as asked for. A model of dummy weights gets a tokenizer whose words are its token ids, so that the text
-which the client sends has exactly as many tokens as it should.
+output tokens as asked for. A model of dummy weights needs a tokenizer whose words are its token ids, so that the text
+which the client sends has exactly as many tokens as it should (`setups.write_tokenizer`).
 """
 
 import json
@@ -15,15 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from rowint8.eval.engines.server import vllm_server
-from rowint8.eval.engines.setups import SETUPS
+from rowint8.eval.engines.setups import SERVED
 from rowint8.eval.errors import EvalError
 from rowint8.eval.kernels.shapes import is_count
 from rowint8.eval.processes import console_script, run_quietly, vllm_environment
 from rowint8.eval.results.schema import ServeRow
 
-SERVED = {name: setup for name, setup in SETUPS.items() if not setup.env}
-"""The setups that need nothing but flags."""
-DEFAULT_SETUPS = "bf16,rowint8,fp8"
 NUM_WARMUPS = 8
 """Requests before each run that do not count."""
 LIMITS = ("ttft", "tpot", "e2el")
@@ -68,21 +65,6 @@ def parse_goodput(text: str) -> dict[str, float]:
     return {name: float(limit) for name, limit in pairs}
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Writes a tokenizer whose words are token ids in six digits, for the vocabulary of the config.json in `folder`.
-
-    Nothing stands between words: vLLM refuses a text longer than its tokens can be at the length of the longest word.
-    """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
-    words = Tokenizer(models.WordLevel({f"{token:06}": token for token in range(vocab_size)}, unk_token="000000"))
-    words.pre_tokenizer = pre_tokenizers.Split(Regex(".{6}"), "isolated")  # type: ignore[assignment]
-    words.decoder = decoders.Fuse()  # type: ignore[assignment]
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
-
-
 def server_arguments(load: Load, tensor_parallel_size: int, eager: bool) -> dict[str, Any]:
     """Arguments of `vllm.LLM` that all setups share; CUDA graphs and batch limits are vLLM's own."""
     return {
@@ -117,7 +99,7 @@ def run_setup(
     Raises:
         EvalError: the server or a request failed.
     """
-    flags = server_flags({**arguments, **SERVED[name].llm})
+    flags = server_flags({**arguments, **SERVED[name].arguments})
     with vllm_server(model, flags, arguments["tensor_parallel_size"]) as base_url:
         for rate in rates:
             yield send(name, model, base_url, rate, load)

@@ -1,4 +1,4 @@
-"""What `bench vllm` and `bench serve` compare and on which model: setups of vLLM, model shapes with dummy weights."""
+"""The setups that the commands compare, each one way of running a model in an engine, and the model that they run."""
 
 import importlib.util
 import json
@@ -7,26 +7,33 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rowint8.eval.errors import EvalError
 from rowint8.eval.models import DEFAULT_MODEL, MODELS
 from rowint8.eval.quantize.formats import packed_config
 
+if TYPE_CHECKING:
+    from rowint8.eval.results.schema import EngineName
+
 
 @dataclass(frozen=True)
 class Setup:
-    """One way of running a model in vLLM."""
+    """One way of running a model in one engine."""
 
-    llm: Mapping[str, Any]
-    """Arguments of `vllm.LLM`."""
+    arguments: Mapping[str, Any]
+    """Arguments of `vllm.LLM`, or of the small engine's `EngineConfig`."""
     env: Mapping[str, str] = field(default_factory=dict)
     package: str | None = None
-    """What must be installed besides vLLM, by its import name."""
+    """What must be installed besides the engine, by its import name."""
+    engine: "EngineName" = "vllm"
 
     @property
     def installed(self) -> bool:
         return self.package is None or importlib.util.find_spec(self.package) is not None
+
+
+_INT8 = {"quantization": "rowint8"}
 
 
 def _rowint8(**options: bool) -> Setup:
@@ -36,7 +43,7 @@ def _rowint8(**options: bool) -> Setup:
 
 SETUPS = {
     "bf16": Setup({}),
-    "rowint8": Setup({"quantization": "rowint8"}),
+    "rowint8": Setup(_INT8),
     "rowint8-no-norm": _rowint8(fuse_norm=False),
     "rowint8-unfused": _rowint8(fuse_swiglu=False, fuse_norm=False),
     "rowint8-lm-head": _rowint8(lm_head=True),
@@ -46,8 +53,41 @@ SETUPS = {
         {"quantization": "humming"}, {"VLLM_HUMMING_ONLINE_QUANT_CONFIG": '{"dtype": "int8"}'}, package="humming"
     ),
 }
-"""All in bf16 arithmetic. w8a16 is a compressed-tensors checkpoint, INT8 with one scale a row: it would have to be made
-first, so its weights are dummies whatever the model."""
+"""vLLM's, all in bf16 arithmetic. w8a16 is a compressed-tensors checkpoint, INT8 with one scale a row: it would have to
+be made first, so its weights are dummies whatever the model."""
+SERVED = {name: setup for name, setup in SETUPS.items() if not setup.env}
+"""Those that need nothing but flags of `vllm serve`."""
+
+
+def ladder(gpu: bool) -> dict[str, Setup]:
+    """The small engine's rungs in order, then another engine: on a GPU each rung keeps what the one before it has.
+
+    On the CPU there are no graphs, and INT8 is not compiled, which gains nothing there. Instead of vLLM stands Hugging
+    Face's `generate`, which takes requests of one size only: no throughput workload.
+    """
+    fused = {**_INT8, "mode": "graph" if gpu else "eager", "fused": True}
+    rungs = {
+        "bf16-eager": {"mode": "eager"},
+        "bf16-compile": {"mode": "compile"},
+        "bf16-graph": {"mode": "graph"},
+        "int8": {**fused, "fused": False},
+        "int8-fused": fused,
+        "int8-fused-decode-graphs": {**fused, "prompt_graph_tokens": 0},
+        "int8-fused-lm-head": {**fused, "int8_lm_head": True},
+    }
+    ours = {name: Setup(given, engine="baseline") for name, given in rungs.items() if gpu or "graph" not in name}
+    if gpu:
+        return {**ours, "vllm-bf16": SETUPS["bf16"], "vllm-rowint8": SETUPS["rowint8"]}
+    return {**ours, "transformers-bf16": Setup({}, engine="transformers")}
+
+
+def ladder_help() -> str:
+    """The names of the setups in `ladder`, with the device of those that need one."""
+    on_gpu, on_cpu = ladder(gpu=True), ladder(gpu=False)
+    return ", ".join(
+        name if name in on_gpu and name in on_cpu else f"{name} ({'GPU' if name in on_gpu else 'CPU'})"
+        for name in {**on_gpu, **on_cpu}
+    )
 
 
 def choose_setups(names: str | None, known: Mapping[str, Setup] = SETUPS) -> list[str]:
@@ -65,12 +105,15 @@ def choose_setups(names: str | None, known: Mapping[str, Setup] = SETUPS) -> lis
 
 
 @contextmanager
-def model_folder(model: Path | None, config: str | None, layers: int | None) -> Iterator[tuple[Path, dict[str, Any]]]:
+def model_folder(
+    model: Path | None, config: str | None, layers: int | None, tokenizer: bool = False
+) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The model to measure: its folder, and the arguments of `vllm.LLM` that load it.
 
     Args:
         model: a folder with weights; without it, dummy weights of the shape `config` (see `write_shape`).
         layers: depth of the shape instead of its own.
+        tokenizer: give dummy weights a tokenizer (see `write_tokenizer`).
 
     Raises:
         EvalError: the options contradict, or there is no such model or shape.
@@ -78,6 +121,8 @@ def model_folder(model: Path | None, config: str | None, layers: int | None) -> 
     if model is None:
         with tempfile.TemporaryDirectory(prefix="rowint8-") as scratch:
             write_shape(config or DEFAULT_MODEL, Path(scratch), layers)
+            if tokenizer:
+                write_tokenizer(Path(scratch))
             yield Path(scratch), {"load_format": "dummy"}
         return
     if config or layers:
@@ -94,9 +139,9 @@ def write_shape(config: str, folder: Path, layers: int | None = None) -> None:
         layers: depth instead of the model's own.
 
     Raises:
-        EvalError: there is no such shape or file, or the depth cannot be cut.
+        EvalError: there is no such model or file, or the depth cannot be cut.
     """
-    shape = dict(MODELS[config]) if config in MODELS else _read_config(Path(config))
+    shape = dict(MODELS[config]) if config in MODELS else read_config(Path(config))
     if layers is not None:
         if not isinstance(shape.get("num_hidden_layers"), int):
             raise EvalError(f"--layers: {config} has no num_hidden_layers")
@@ -106,7 +151,12 @@ def write_shape(config: str, folder: Path, layers: int | None = None) -> None:
     (folder / "config.json").write_text(json.dumps(shape, indent=2))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """What a config.json holds, given by its own path or its folder's.
+
+    Raises:
+        EvalError: there is none, or it holds no JSON object.
+    """
     file = path / "config.json" if path.is_dir() else path
     try:
         return json.loads(file.read_text())
@@ -114,3 +164,31 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise EvalError(f"--config is {path}; accepted are {', '.join(MODELS)} and the path of a config.json") from None
     except ValueError as error:
         raise EvalError(f"{file} is not JSON: {error}") from None
+
+
+def vocab_size(folder: Path) -> int:
+    """How many token ids a model has, from its config.json.
+
+    Raises:
+        EvalError: the file does not say.
+    """
+    config = read_config(folder)
+    size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    if not isinstance(size, int) or size < 1:
+        raise EvalError(f"{folder / 'config.json'}: vocab_size is {size}; accepted is a whole number above 0")
+    return size
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Writes a tokenizer whose words are token ids in six digits, for the vocabulary of the config.json in `folder`.
+
+    Nothing stands between words: vLLM refuses a text longer than its tokens can be at the length of the longest word.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = {f"{token:06}": token for token in range(vocab_size(folder))}
+    words = Tokenizer(models.WordLevel(tokens, unk_token="000000"))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex(".{6}"), "isolated")  # type: ignore[assignment]
+    words.decoder = decoders.Fuse()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)

@@ -1,53 +1,15 @@
-"""Speed and memory of whole vLLM engines: rowint8 beside bf16 and what else vLLM offers in 8 bits.
-
-Every setup runs in a process of its own (`bench_vllm_worker`), so that it has the GPU to itself; one engine serves all
-of its workloads. Requests of a workload are handed in together and decoded greedily, without prefix caching; each
-workload runs once unmeasured. What the numbers mean is defined in `baseline_engine.metrics`.
-"""
+"""`bench vllm`: speed and memory of whole vLLM engines, rowint8 beside bf16 and what else vLLM offers in 8 bits."""
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rowint8.eval.engines import vllm_worker
-from rowint8.eval.engines.repeats import measured_fields
-from rowint8.eval.engines.setups import Setup
-from rowint8.eval.errors import EvalError
-from rowint8.eval.kernels.shapes import is_count
-from rowint8.eval.processes import run_worker, vllm_environment
+from rowint8.eval.engines.speed import GPU_MEMORY_UTILIZATION, MAX_BATCHED_TOKENS, Requests, Workload, measured_fields
 from rowint8.eval.results.schema import VllmRow
 
-DEFAULT_WORKLOADS = "1x128x128,8x128x128,32x128x128,128x128x128,8x1024x1,1x2048x1"
-MAX_BATCHED_TOKENS = 8192
-GPU_MEMORY_UTILIZATION = 0.9
 SETUP_TIMEOUT = 1200.0
 """Seconds for one setup, its start included."""
-
-
-@dataclass(frozen=True)
-class Workload:
-    """`batch` requests of the same size, handed in together."""
-
-    batch: int
-    prompt_tokens: int
-    output_tokens: int
-
-    def __str__(self) -> str:
-        return f"{self.batch}x{self.prompt_tokens}x{self.output_tokens}"
-
-
-def parse_workloads(text: str) -> list[Workload]:
-    """Reads "1x128x128,8x1024x1": batch, prompt tokens and output tokens of each.
-
-    Raises:
-        EvalError: it is something else.
-    """
-    parts = [part.split("x") for part in text.split(",")]
-    if not all(len(part) == 3 and all(map(is_count, part)) for part in parts):
-        raise EvalError(f"--workloads is {text}; accepted are BATCHxPROMPTxOUTPUT, such as {DEFAULT_WORKLOADS}")
-    return [Workload(*map(int, part)) for part in parts]
 
 
 def llm_arguments(model: Path, workloads: Sequence[Workload], tensor_parallel_size: int, eager: bool) -> dict[str, Any]:
@@ -68,41 +30,22 @@ def llm_arguments(model: Path, workloads: Sequence[Workload], tensor_parallel_si
     return arguments
 
 
-def run_setup(setup: Setup, llm: dict[str, Any], workloads: Sequence[Workload], repeats: int) -> dict[str, Any]:
-    """Measures one setup in a new process; returns what `bench_vllm_worker.bench` does.
-
-    Raises:
-        EvalError: the setup failed or took too long; the message holds the first error and the end of its log.
-    """
-    sizes = [[workload.batch, workload.prompt_tokens, workload.output_tokens] for workload in workloads]
-    request = {"llm": {**llm, **setup.llm}, "workloads": sizes, "repeats": repeats}
-    # On the CPU all cores, as nothing is served. The engine core has a process of its own, as everywhere in vLLM.
-    ranks = llm.get("tensor_parallel_size", 1)
-    environment = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", **vllm_environment(ranks), **setup.env}
-    return run_worker(vllm_worker.bench, request, environment, SETUP_TIMEOUT)
-
-
-def setup_rows(setup: str, workloads: Sequence[Workload], result: dict[str, Any], ranks: int) -> list[VllmRow]:
-    """The rows of one setup from what its worker returned.
+def setup_rows(setup: str, workloads: Sequence[Requests], result: dict[str, Any]) -> list[VllmRow]:
+    """The rows of one setup from what `speed.run_setup` returned.
 
     Raises:
         EvalError: a request has not as many tokens as asked for.
     """
-    return [
-        _row(setup, workload, run, result["start_s"], ranks)
-        for workload, run in zip(workloads, result["runs"], strict=True)
-    ]
+    pairs = zip(workloads, result["runs"], strict=True)
+    return [_row(setup, requests, run, result["start_s"]) for requests, run in pairs]
 
 
-def _row(setup: str, workload: Workload, run: dict[str, Any], start_s: float, ranks: int) -> VllmRow:
-    prompts, outputs = [workload.prompt_tokens] * workload.batch, [workload.output_tokens] * workload.batch
-    weights = max(rank["weights"] for rank in run["ranks"])
-    peak = max(rank["peak_mem"] for rank in run["ranks"])
+def _row(setup: str, requests: Requests, run: dict[str, Any], start_s: float) -> VllmRow:
     return VllmRow(
         engine="vllm",
         setup=setup,
-        **measured_fields(run["repeats"], prompts, outputs, weights, peak, start_s),
-        tensor_parallel_size=ranks,
+        **measured_fields(requests, run, start_s),
+        tensor_parallel_size=len(run["ranks"]),
         compiled=tuple(name for rank in run["ranks"] for name in rank["compiled"]),
     )
 

@@ -7,7 +7,8 @@ from typer.testing import CliRunner
 
 from rowint8.eval.cli.app import app
 from rowint8.eval.engines import baseline as job
-from rowint8.eval.engines.vllm import Workload
+from rowint8.eval.engines.setups import ladder
+from rowint8.eval.engines.speed import Requests, Workload, throughput_requests, uniform_requests
 from rowint8.eval.errors import EvalError
 from rowint8.eval.results.files import read_results
 
@@ -15,10 +16,14 @@ TIMES = [[1.5, 1.75], [1.25, 1.75, 2.0]]
 REPEAT = {"start": 1.0, "token_times": TIMES, "host_s": 0.01}
 RESULT = {
     "start_s": 7.0,
-    "weights": 2**29,
-    "runs": [{"peak_mem": 2**30, "repeats": [{**REPEAT, "kv_waste": 0.1, "attention": "torch"}]}],
+    "runs": [
+        {
+            "repeats": [{**REPEAT, "kv_waste": 0.1, "attention": "torch"}],
+            "ranks": [{"weights": 2**29, "peak_mem": 2**30, "compiled": []}],
+        }
+    ],
 }
-REQUESTS = job.Requests([[1, 2], [3, 4, 5, 6]], [2, 3])
+REQUESTS = Requests([[1, 2], [3, 4, 5, 6]], [2, 3])
 
 
 def test_a_row_follows_from_the_times():
@@ -35,26 +40,27 @@ def test_a_row_follows_from_the_times():
 
 def test_missing_tokens_are_an_error():
     with pytest.raises(EvalError, match=r"request 2: the engine returned \d tokens"):
-        job.setup_rows("int8", "baseline", [job.Requests(REQUESTS.prompts, [2, 4])], RESULT)
+        job.setup_rows("int8", "baseline", [Requests(REQUESTS.prompts, [2, 4])], RESULT)
 
 
 def test_the_throughput_workload_is_fixed_and_spread():
-    requests = job.throughput_requests(1000)
-    assert requests == job.throughput_requests(1000)
+    requests = throughput_requests(1000)
+    assert requests == throughput_requests(1000)
     lengths = [len(prompt) for prompt in requests.prompts]
     assert len(lengths) == len(requests.outputs) == 256
     for numbers in (lengths, requests.outputs):
         assert 100 <= min(numbers) < 150 < 950 < max(numbers) <= 1024
-    assert job.uniform_requests(Workload(3, 8, 5), 50).outputs == [5, 5, 5]
+    assert uniform_requests(Workload(3, 8, 5), 50).outputs == [5, 5, 5]
 
 
 def test_both_engines_get_the_same_limits():
     given = Path("m"), True, [REQUESTS]
-    arguments = {name: job.engine_arguments(setup, *given) for name, setup in job.setups(gpu=True).items()}
+    setups = ladder(gpu=True)
+    arguments = {name: job.engine_arguments(setup.engine, *given) for name, setup in setups.items()}
     assert {each.get("max_context") or each["max_model_len"] for each in arguments.values()} == {7}
     assert {each.get("max_seqs") or each["max_num_seqs"] for each in arguments.values()} == {2}
     assert {each.get("memory_fraction") or each["gpu_memory_utilization"] for each in arguments.values()} == {0.9}
-    assert {setup.engine for setup in job.setups(gpu=False).values()} == {"baseline", "transformers"}
+    assert {setup.engine for setup in ladder(gpu=False).values()} == {"baseline", "transformers"}
 
 
 def test_the_command_on_a_tiny_model(tmp_path):

@@ -13,16 +13,14 @@ from rowint8.eval.cli import app as cli
 from rowint8.eval.engines import serve as bench_serve
 from rowint8.eval.engines import server as serve
 from rowint8.eval.engines.serve import (
-    SERVED,
     Load,
     parse_goodput,
     parse_rates,
     row_of,
     server_arguments,
     server_flags,
-    write_tokenizer,
 )
-from rowint8.eval.engines.setups import SETUPS, write_shape
+from rowint8.eval.engines.setups import SERVED, SETUPS, write_shape, write_tokenizer
 from rowint8.eval.errors import EvalError
 from rowint8.eval.report.serve import serve_table
 from rowint8.eval.results.files import read_results
@@ -88,7 +86,7 @@ def test_help_names_every_setup(monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     shown = CliRunner().invoke(cli.app, ["bench", "serve", "--help"]).stdout
     assert ", ".join(SERVED) in shown
-    assert bench_serve.DEFAULT_SETUPS in shown
+    assert "[default: bf16,rowint8,fp8]" in shown
     assert "Example: rowint8 bench serve" in shown
 
 
@@ -140,10 +138,10 @@ def test_vllm_knows_the_flags():
     assert (sent.ignore_eos, sent.metric_percentiles, sent.goodput) == (True, "50,99", ["ttft:200", "tpot:50"])
     server = vllm_serve.make_arg_parser(FlexibleArgumentParser())  # pyright: ignore[reportPrivateImportUsage]
     for setup in SERVED.values():
-        arguments = {**server_arguments(LOAD, 2, eager=True), **setup.llm}
+        arguments = {**server_arguments(LOAD, 2, eager=True), **setup.arguments}
         served: Any = server.parse_args(["--model", "m", *server_flags(arguments)])
         assert (served.max_model_len, served.tensor_parallel_size, served.enable_prefix_caching) == (40, 2, False)
-        assert served.quantization == setup.llm.get("quantization")
+        assert served.quantization == setup.arguments.get("quantization")
 
 
 def test_the_tokenizer_counts_words(tmp_path):

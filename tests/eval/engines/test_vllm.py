@@ -14,19 +14,18 @@ from typer.testing import CliRunner
 
 from rowint8.eval.cli import app as cli
 from rowint8.eval.engines import setups as bench_vllm_setups
-from rowint8.eval.engines import vllm as bench_vllm
 from rowint8.eval.engines.probe import Compilations, storage_bytes, weight_bytes
 from rowint8.eval.engines.setups import SETUPS, Setup, choose_setups, model_folder, write_shape
-from rowint8.eval.engines.vllm import (
-    DEFAULT_WORKLOADS,
+from rowint8.eval.engines.speed import (
+    VLLM_WORKLOADS,
     Workload,
-    llm_arguments,
     parse_workloads,
+    random_prompts,
     run_setup,
-    setup_rows,
-    summary,
+    uniform_requests,
 )
-from rowint8.eval.engines.vllm_worker import generate, random_prompts
+from rowint8.eval.engines.speed_worker import generate_with_vllm
+from rowint8.eval.engines.vllm import llm_arguments, setup_rows, summary
 from rowint8.eval.errors import EvalError
 from rowint8.eval.models import MODELS
 from rowint8.eval.report.vllm import setup_table, speed_table
@@ -34,6 +33,7 @@ from rowint8.eval.results.files import read_results
 from rowint8.eval.results.schema import GIB, Generation
 
 TWO_BY_THREE = Workload(2, 5, 3)
+REQUESTS = uniform_requests(TWO_BY_THREE, 100)
 
 
 def repeat(*token_times, start=10.0):
@@ -64,7 +64,7 @@ def cells(table, *wanted) -> list[str]:
 
 
 def test_metrics_by_hand():
-    (row,) = setup_rows("rowint8", [TWO_BY_THREE], result(ONE_REPEAT), ranks=1)
+    (row,) = setup_rows("rowint8", [REQUESTS], result(ONE_REPEAT))
     assert row.ttft_ms == pytest.approx((500 + 700) / 2)
     assert row.itl_ms == pytest.approx(750), "the median of 500, 1000, 300 and 1000"
     assert row.tpot_ms == pytest.approx((1500 / 2 + 1300 / 2) / 2)
@@ -76,7 +76,7 @@ def test_metrics_by_hand():
 
 def test_medians_and_spread_over_repeats():
     repeats = [repeat((start + 1, start + 1 + gap), start=start) for start, gap in ((10, 1), (20, 2), (30, 4))]
-    (row,) = setup_rows("bf16", [Workload(1, 5, 2)], result(*repeats), ranks=1)
+    (row,) = setup_rows("bf16", [uniform_requests(Workload(1, 5, 2), 100)], result(*repeats))
     assert (row.ttft_ms, row.itl_ms, row.tpot_ms) == pytest.approx((1000, 2000, 2000))
     assert row.tok_s == pytest.approx(2 / 3)
     assert row.spread == pytest.approx(
@@ -86,7 +86,7 @@ def test_medians_and_spread_over_repeats():
 
 
 def test_a_single_output_token_has_no_gaps():
-    (row,) = setup_rows("bf16", [Workload(2, 5, 1)], result(repeat((10.5,), (11.0,))), ranks=1)
+    (row,) = setup_rows("bf16", [uniform_requests(Workload(2, 5, 1), 100)], result(repeat((10.5,), (11.0,))))
     assert (row.itl_ms, row.tpot_ms, set(row.spread)) == (None, None, {"ttft_ms", "tok_s"})
     assert row.tok_s == pytest.approx(2)
     assert cells(speed_table([row]), "2x5x1", "bf16")[0] == "750.0"
@@ -95,9 +95,8 @@ def test_a_single_output_token_has_no_gaps():
 def test_the_fullest_rank_counts_and_all_of_them_compile():
     (row,) = setup_rows(
         "rowint8",
-        [TWO_BY_THREE],
+        [REQUESTS],
         result(ONE_REPEAT, weights=(GIB, 3 * GIB), peak=(5 * GIB, 4 * GIB), compiled=(["a"], ["a", "b"])),
-        ranks=2,
     )
     assert (row.weights_gib, row.peak_mem_gib, row.tensor_parallel_size) == (3, 5, 2)
     assert row.compiled == ("a", "a", "b")
@@ -107,11 +106,11 @@ def test_the_fullest_rank_counts_and_all_of_them_compile():
 
 def test_missing_tokens_are_an_error():
     with pytest.raises(EvalError, match="request 2: the engine returned 2 tokens, 3 were asked for"):
-        setup_rows("bf16", [TWO_BY_THREE], result(repeat((1, 2, 3), (1, 2))), ranks=1)
+        setup_rows("bf16", [REQUESTS], result(repeat((1, 2, 3), (1, 2))))
 
 
 def test_ratio_is_to_bf16_on_the_same_workload():
-    (bf16,) = setup_rows("bf16", [TWO_BY_THREE], result(ONE_REPEAT), ranks=1)
+    (bf16,) = setup_rows("bf16", [REQUESTS], result(ONE_REPEAT))
     faster = replace(bf16, setup="rowint8", tok_s=bf16.tok_s * 1.7)
     other = replace(faster, batch=8)
     table = speed_table([bf16, other, faster])
@@ -121,7 +120,7 @@ def test_ratio_is_to_bf16_on_the_same_workload():
 
 
 def test_rows_have_the_keys_of_every_generation():
-    (row,) = setup_rows("bf16", [TWO_BY_THREE], result(ONE_REPEAT), ranks=1)
+    (row,) = setup_rows("bf16", [REQUESTS], result(ONE_REPEAT))
     assert isinstance(row, Generation)
     with pytest.raises(ValueError, match="greater than or equal to 0"):
         replace(row, spread={"tok_s": -0.1})
@@ -129,7 +128,7 @@ def test_rows_have_the_keys_of_every_generation():
 
 def test_workloads():
     assert parse_workloads("1x128x128,8x1024x1") == [Workload(1, 128, 128), Workload(8, 1024, 1)]
-    assert [str(workload) for workload in parse_workloads(DEFAULT_WORKLOADS)] == DEFAULT_WORKLOADS.split(",")
+    assert [str(workload) for workload in parse_workloads(VLLM_WORKLOADS)] == VLLM_WORKLOADS.split(",")
 
 
 @pytest.mark.parametrize("text", ["", "8", "1x128", "1x2x3x4", "0x1x1", "1x-2x3", "1xax3", "1x2x3,"])
@@ -139,7 +138,7 @@ def test_wrong_workloads_are_refused(text):
 
 
 def test_arguments_fit_the_workloads(tmp_path):
-    arguments = llm_arguments(tmp_path, parse_workloads(DEFAULT_WORKLOADS), 2, eager=False)
+    arguments = llm_arguments(tmp_path, parse_workloads(VLLM_WORKLOADS), 2, eager=False)
     assert arguments["compilation_config"] == {"cudagraph_capture_sizes": [1, 8, 32, 128]}
     assert (arguments["max_num_seqs"], arguments["max_model_len"], arguments["tensor_parallel_size"]) == (128, 2049, 2)
     assert "compilation_config" not in llm_arguments(tmp_path, [Workload(8, 16, 1)], 1, eager=False)
@@ -159,7 +158,7 @@ def test_help_names_every_setup_workload_and_shape(monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     shown = CliRunner().invoke(cli.app, ["bench", "vllm", "--help"]).stdout
     assert ", ".join(SETUPS) in shown
-    assert DEFAULT_WORKLOADS in shown
+    assert VLLM_WORKLOADS in shown
     assert ", ".join(MODELS) in shown
     assert "Example: rowint8 bench vllm" in shown
 
@@ -169,7 +168,7 @@ def test_options_of_the_rowint8_setups_are_those_of_the_plugin():
     from rowint8.vllm_plugin.config import RowInt8Config
 
     configs = {
-        name: RowInt8Config.from_config(SETUPS[name].llm["hf_overrides"]["quantization_config"])
+        name: RowInt8Config.from_config(SETUPS[name].arguments["hf_overrides"]["quantization_config"])
         for name in ("rowint8-unfused", "rowint8-lm-head")
     }
     assert not configs["rowint8-unfused"].fuse_swiglu
@@ -284,7 +283,7 @@ def test_each_token_gets_the_time_of_its_step():
     pytest.importorskip("vllm")
     engine = FakeEngine()
     before = time.perf_counter()
-    run = generate(engine, random_prompts(2, 5, 100), [3, 3])
+    run = generate_with_vllm(engine, random_prompts(2, 5, 100), [3, 3])
     first, second = run["token_times"]
     assert (len(first), len(second), engine.steps) == (3, 3, 4)
     assert before <= run["start"] <= first[0] - 0.01
@@ -316,17 +315,18 @@ def stand_in(tmp_path, monkeypatch):
 def test_the_worker_gets_the_setup(stand_in, tmp_path):
     stand_in(f"cat > {tmp_path}/request; env > {tmp_path}/env; echo '{{}}' > $4")
     setup = Setup({"quantization": "fp8", "load_format": "auto"}, {"ROWINT8_TEST": "there"})
-    assert run_setup(setup, {"model": "m", "load_format": "dummy"}, [TWO_BY_THREE], 4) == {}
+    assert run_setup(setup, {"model": "m", "load_format": "dummy"}, [REQUESTS], 4) == {}
     request = json.loads((tmp_path / "request").read_text())
     llm = {"model": "m", "load_format": "auto", "quantization": "fp8"}
-    assert request == {"llm": llm, "workloads": [[2, 5, 3]], "repeats": 4}
+    runs = {"prompts": REQUESTS.prompts, "outputs": [3, 3], "unmeasured": 1, "repeats": 4}
+    assert request == {"engine": "vllm", "arguments": llm, "dummy": True, "workloads": [runs]}
     env = (tmp_path / "env").read_text().splitlines()
     assert {"ROWINT8_TEST=there", "VLLM_CPU_NUM_OF_RESERVED_CPU=0", "VLLM_NO_USAGE_STATS=1"} <= set(env)
 
 
 def test_a_result_counts_even_if_vllm_fails_to_stop(stand_in):
     stand_in("echo '{\"start_s\": 1}' > $4; exit 134")
-    assert run_setup(SETUPS["bf16"], {}, [TWO_BY_THREE], 1) == {"start_s": 1}
+    assert run_setup(SETUPS["bf16"], {}, [REQUESTS], 1) == {"start_s": 1}
 
 
 def test_the_first_error_is_no_warning(stand_in):
@@ -334,14 +334,13 @@ def test_the_first_error_is_no_warning(stand_in):
         "echo 'WARNING is a word'; echo 'x WARNING ValueError: harmless'; echo 'KeyError: cause'; echo end; exit 3"
     )
     with pytest.raises(EvalError, match=r"(?s)exit status 3; first error: KeyError: cause\n.*WARNING is a word.*end"):
-        run_setup(SETUPS["bf16"], {}, [TWO_BY_THREE], 1)
+        run_setup(SETUPS["bf16"], {}, [REQUESTS], 1)
 
 
-def test_a_setup_that_hangs_is_ended_with_its_children(stand_in, tmp_path, monkeypatch):
+def test_a_setup_that_hangs_is_ended_with_its_children(stand_in, tmp_path):
     stand_in(f"sleep 600 & echo $! > {tmp_path}/pid; wait")
-    monkeypatch.setattr(bench_vllm, "SETUP_TIMEOUT", 1.0)
     with pytest.raises(EvalError, match="did not answer in time"):
-        run_setup(SETUPS["bf16"], {}, [TWO_BY_THREE], 1)
+        run_setup(SETUPS["bf16"], {}, [REQUESTS], 1, timeout=1.0)
     pid = int((tmp_path / "pid").read_text())
     deadline = time.monotonic() + 5
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
