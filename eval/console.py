@@ -1,12 +1,7 @@
 """What the commands show besides their results."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
 import psutil
 from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 BUSY_PERCENT = 20.0
@@ -15,15 +10,6 @@ BUSY_PERCENT = 20.0
 def compact_table(title: str, caption: str) -> Table:
     """An empty table in the common style, narrow enough for 80 columns."""
     return Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=0)
-
-
-@contextmanager
-def progress(console: Console, what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal for `total` steps of a long work; the block calls what it gets after each."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)
 
 
 def busy_warning(seconds: float = 1.0) -> str | None:

@@ -42,7 +42,7 @@ def tune(
     """
     import torch
 
-    from rowint8.eval.console import progress
+    from rowint8.baseline_engine.progress import progress_bar
     from rowint8.eval.kernels import tune as job
     from rowint8.kernels.tiles.user import read_tiles, tiles_file, write_tiles
 
@@ -60,10 +60,10 @@ def tune(
     if not jobs:
         raise EvalError(f"--shapes is {shapes}, which has no linear layer; accepted are names such as gate_up")
     wanted = job.compilations(jobs)
-    with progress(err, "compiling", len(wanted)) as advance:
+    with progress_bar("compiling", len(wanted), show=True) as advance:
         job.compile_ahead(wanted, _COMPILING * seconds, advance)
     choices = []
-    with progress(err, "timing", len(jobs)) as advance:
+    with progress_bar("timing", len(jobs), show=True) as advance:
         for choice in job.choose_tiles(jobs, seconds - (time.monotonic() - start), device):
             choices.append(choice)
             found.setdefault((choice.row.op, choice.row.N, choice.row.K), {})[choice.row.M] = choice.tile
