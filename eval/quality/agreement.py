@@ -10,9 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
-from rowint8.eval.console import compact_table
 from rowint8.eval.processes import require_package, run_worker, vllm_environment
 from rowint8.eval.quality import vllm_run
 from rowint8.eval.results.schema import AgreementRow
@@ -95,26 +92,3 @@ def row_of(prompt: str, ours: list[int], theirs: dict[str, Any], dtype: str, ran
         gap = logprobs[vllms] - logprobs.get(mine, min(logprobs.values()))
     counts: dict[str, Any] = {"tokens": len(pairs), "agreed": agreed, "tensor_parallel_size": ranks}
     return AgreementRow(setup="rowint8", dtype=dtype, prompt=prompt, logprob_gap=gap, **counts)
-
-
-def compared(rows: Sequence[AgreementRow]) -> str:
-    """Which two engines the rows compare."""
-    ranks = rows[0].tensor_parallel_size
-    return "baseline engine against vLLM" if ranks == 1 else f"vLLM on {ranks} ranks against vLLM on one"
-
-
-def agreement_table(rows: Sequence[AgreementRow]) -> Table:
-    """One line a prompt."""
-    whole = sum(row.agreed == row.tokens for row in rows)
-    table = compact_table(
-        f"greedy tokens, {compared(rows)}, both rowint8 in {rows[0].dtype}",
-        f"{whole} of {len(rows)} prompts agree on all {rows[0].tokens} tokens; "
-        "gap: between the two candidates where they part, in vLLM's log-probabilities",
-    )
-    table.add_column("prompt")
-    table.add_column("tokens agreed", justify="right")
-    table.add_column("gap", justify="right")
-    for row in rows:
-        gap = "" if row.logprob_gap is None else f"{row.logprob_gap:.4f}"
-        table.add_row(row.prompt, f"{row.agreed} / {row.tokens}", gap)
-    return table

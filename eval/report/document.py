@@ -11,13 +11,12 @@ from rowint8.eval.errors import EvalError
 from rowint8.eval.markdown import TBD, fill, folded, number, table
 from rowint8.eval.models import MODELS, embedding_bytes
 from rowint8.eval.plots import pictures
-from rowint8.eval.quality.agreement import compared
 from rowint8.eval.report.checks import check_all, read_ceilings
 from rowint8.eval.report.engine import engine_part
 from rowint8.eval.report.kernels import compiler_table, kernel_section, limits, short_table, tallies
 from rowint8.eval.report.memory import memory_section
 from rowint8.eval.report.profile import parts_table, profile_section
-from rowint8.eval.report.quality import fidelity_line, fidelity_table, quality_summary, quality_table
+from rowint8.eval.report.quality import agreement_cells, fidelity_line, fidelity_table, quality_summary, quality_table
 from rowint8.eval.report.serve import COLUMNS, serve_table
 from rowint8.eval.report.vllm import vllm_part
 from rowint8.eval.results.files import Results, read_results
@@ -195,18 +194,13 @@ def _profile(results: Results[ProfileRow] | None) -> str:
 
 
 def _quality(found: Found) -> str:
-    lm_eval = _chapters(found, QualityRow, quality_table, "quality-smollm2")
-    return lm_eval + "\n" + _chapters(found, FidelityRow, fidelity_table, "fidelity-smollm2")
+    lm_eval = _chapters(found, QualityRow, lambda results: quality_table(results.rows).markdown(), "quality-smollm2")
+    kl = _chapters(found, FidelityRow, lambda results: fidelity_table(results.rows).markdown(), "fidelity-smollm2")
+    return f"{lm_eval}\n{kl}"
 
 
 def _agreement(found: Found) -> str:
-    lines = []
-    for stem, results in _of_kind(found, AgreementRow).items():
-        rows: Sequence[AgreementRow] = results.rows
-        gaps = ", ".join(f"{row.logprob_gap:.3f}" for row in rows if row.logprob_gap is not None)
-        same = f"{sum(row.agreed == row.tokens for row in rows)} of {len(rows)}"
-        where = f"{results.environment.device}, {rows[0].dtype}"
-        lines.append([stem, compared(rows), where, f"{same}, {rows[0].tokens} tokens each", gaps])
+    lines = [agreement_cells(stem, results) for stem, results in _of_kind(found, AgreementRow).items()]
     headings = ["file", "greedy tokens, rowint8", "on", "prompts that agree", "gaps where they part, nats"]
     return table(headings, lines) if lines else TBD
 

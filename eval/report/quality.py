@@ -1,17 +1,49 @@
-"""What quality files say, as Markdown: results of lm-eval, and distances of distributions."""
+"""What quality files say as tables: results of lm-eval, distances of distributions, tokens that agree."""
 
-from rowint8.eval.markdown import TBD, table
-from rowint8.eval.quality.suite import backend_name, difference_text, value_text
+from collections.abc import Sequence
+from itertools import groupby
+
+from rowint8.eval.markdown import TBD
 from rowint8.eval.results.files import Results
-from rowint8.eval.results.schema import FidelityRow, QualityRow
+from rowint8.eval.results.schema import AgreementRow, FidelityRow, QualityRow
+from rowint8.eval.tables import Column, Table
+
+_QUALITY = [
+    Column("task", ""),
+    *("metric", "backend"),
+    *(Column("arithmetic", ""), Column("questions", "")),
+    "value",
+    Column("paired difference", "difference"),
+    *("gained", "lost"),
+]
+_FIDELITY = [
+    Column("setup", "weights"),
+    *(Column("text", ""), Column("tokens", "")),
+    Column("perplexity", "ppl"),
+    *("d(nll)", "KL mean", "median", "p99", "max"),
+    Column("same top-1", "same top"),
+]
 
 
-def quality_table(results: Results[QualityRow]) -> str:
-    """The backends of each metric of each task below one another, in the file's order."""
-    heading = ["task", "metric", "backend", "arithmetic", "questions", "value", "paired difference", "gained", "lost"]
-    cases = list(dict.fromkeys((row.task, row.metric) for row in results.rows))
-    ordered = sorted(results.rows, key=lambda row: cases.index((row.task, row.metric)))
-    return table(heading, [_quality_cells(row) for row in ordered])
+def quality_table(rows: Sequence[QualityRow]) -> Table:
+    """The backends of each metric of each task below one another, in the order of the rows."""
+    cases = list(dict.fromkeys((row.task, row.metric) for row in rows))
+    ordered = sorted(rows, key=lambda row: cases.index((row.task, row.metric)))
+    first = ordered[0]
+    return Table(
+        _QUALITY,
+        [_quality_cells(row) for row in ordered],
+        title=f"{first.task}: {first.questions} questions, arithmetic in {first.dtype}",
+        note=f"difference: paired, question by question, from {backend_name(first)}; gained, lost: answers that flip",
+        words=2,
+        grouped=True,
+    )
+
+
+def quality_tables(rows: Sequence[QualityRow]) -> list[Table]:
+    """For the console: one table a task."""
+    ordered = sorted(rows, key=lambda row: (row.task, row.metric))  # stable: backends stay in their order
+    return [quality_table(list(group)) for _, group in groupby(ordered, key=lambda row: row.task)]
 
 
 def _quality_cells(row: QualityRow) -> list[str]:
@@ -20,41 +52,60 @@ def _quality_cells(row: QualityRow) -> list[str]:
     return [*case, value_text(row), difference_text(row), *flips]
 
 
-def fidelity_table(results: Results[FidelityRow]) -> str:
-    """One line a setup."""
-    heading = ["setup", "text", "tokens", "perplexity", "d(nll)", "KL mean", "median", "p99", "max", "same top-1"]
-    lines = []
-    for row in results.rows:
-        kl = [f"{value:.3g}" for value in (row.kl_mean, row.kl_median, row.kl_p99, row.kl_max)]
-        nll = f"{row.nll_difference:+.5f} ± {row.nll_difference_stderr:.5f}"
-        counts = [row.setup, row.text, str(row.tokens), f"{row.perplexity:.4f}", nll]
-        lines.append([*counts, *kl, f"{row.same_top1:.2%}"])
-    return table(heading, lines)
+def backend_name(row: QualityRow) -> str:
+    """The backend's name on the command line, such as "vllm-rowint8"."""
+    return row.engine if row.setup == "unquantized" else f"{row.engine}-{row.setup}"
+
+
+def value_text(row: QualityRow) -> str:
+    """The value and its standard error, where there is one."""
+    return f"{row.value:.4f}" + ("" if row.stderr is None else f" ± {row.stderr:.4f}")
+
+
+def difference_text(row: QualityRow) -> str:
+    """The paired difference and its standard error; empty where there is none."""
+    return "" if row.difference is None else f"{row.difference:+.4f} ± {row.difference_stderr or 0.0:.4f}"
 
 
 def quality_summary(results: Results[QualityRow] | None) -> str:
-    """Each metric of each task without quantization, and what the other backends say differently."""
+    """Each metric of each task without quantization, and what the other backends say differently, in Markdown."""
     if results is None:
         return TBD
     first = results.rows[0]
-    others = [name for name in dict.fromkeys(map(backend_name, results.rows)) if name != backend_name(first)]
+    backends = list(dict.fromkeys(map(backend_name, results.rows)))
     cases: dict[tuple[str, str], list[str]] = {}
     for row in results.rows:
         cells = cases.setdefault((f"{row.task} ({row.questions})", row.metric), [])
         cells.append(f"{row.value:.4f}" if row.difference is None else _with_flips(row))
     head = f"{results.environment.device}, {first.dtype}; paired differences with their standard errors, in brackets "
     head += "questions gained and lost.\n\n"
-    return head + table(
-        ["task (questions)", "metric", backend_name(first), *others], [[*case, *cells] for case, cells in cases.items()]
-    )
+    lines = [[*case, *cells] for case, cells in cases.items()]
+    return head + Table(["task (questions)", "metric", *backends], lines).markdown()
 
 
 def _with_flips(row: QualityRow) -> str:
     return difference_text(row) + (f" (+{row.gained} -{row.lost})" if row.gained is not None else "")
 
 
+def fidelity_table(rows: Sequence[FidelityRow]) -> Table:
+    """A line a setup."""
+    first, lines = rows[0], []
+    for row in rows:
+        kl = [f"{value:.3g}" for value in (row.kl_mean, row.kl_median, row.kl_p99, row.kl_max)]
+        nll = f"{row.nll_difference:+.5f} ± {row.nll_difference_stderr:.5f}"
+        counts = [row.setup, row.text, str(row.tokens), f"{row.perplexity:.4f}", nll]
+        lines.append([*counts, *kl, f"{row.same_top1:.2%}"])
+    return Table(
+        _FIDELITY,
+        lines,
+        title=f"{first.text}: {first.tokens} tokens in windows of {first.window}, arithmetic in {first.dtype}",
+        note="KL from the unquantized model, nats; d(nll): paired, ± standard error; "
+        "same top: likeliest token is the same",
+    )
+
+
 def fidelity_line(results: Results[FidelityRow] | None) -> str:
-    """The ways of rounding on one line each; the layers that were rounded alone are in the report."""
+    """The ways of rounding on one line each, in Markdown; layers that were rounded alone are in the report."""
     if results is None:
         return TBD
     lines = [
@@ -64,4 +115,31 @@ def fidelity_line(results: Results[FidelityRow] | None) -> str:
     ]
     first = results.rows[0]
     head = f"{first.tokens} tokens of {first.text} in windows of {first.window}, arithmetic in {first.dtype}.\n\n"
-    return head + table(["weights", "perplexity", "KL, thousandths of a nat", "same likeliest token"], lines)
+    return head + Table(["weights", "perplexity", "KL, thousandths of a nat", "same likeliest token"], lines).markdown()
+
+
+def agreement_table(rows: Sequence[AgreementRow]) -> Table:
+    """For the console: a line a prompt."""
+    whole = sum(row.agreed == row.tokens for row in rows)
+    gaps = ["" if row.logprob_gap is None else f"{row.logprob_gap:.4f}" for row in rows]
+    return Table(
+        ["prompt", "tokens agreed", "gap"],
+        [[row.prompt, f"{row.agreed} / {row.tokens}", gap] for row, gap in zip(rows, gaps, strict=True)],
+        title=f"greedy tokens, {compared(rows)}, both rowint8 in {rows[0].dtype}",
+        note=f"{whole} of {len(rows)} prompts agree on all {rows[0].tokens} tokens; "
+        "gap: between the two candidates where they part, in vLLM's log-probabilities",
+    )
+
+
+def agreement_cells(stem: str, results: Results[AgreementRow]) -> list[str]:
+    """A file as a line of the documents."""
+    rows = results.rows
+    gaps = ", ".join(f"{row.logprob_gap:.3f}" for row in rows if row.logprob_gap is not None)
+    same = f"{sum(row.agreed == row.tokens for row in rows)} of {len(rows)}, {rows[0].tokens} tokens each"
+    return [stem, compared(rows), f"{results.environment.device}, {rows[0].dtype}", same, gaps]
+
+
+def compared(rows: Sequence[AgreementRow]) -> str:
+    """Which two engines the rows compare."""
+    ranks = rows[0].tensor_parallel_size
+    return "baseline engine against vLLM" if ranks == 1 else f"vLLM on {ranks} ranks against vLLM on one"

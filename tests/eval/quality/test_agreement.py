@@ -3,6 +3,7 @@
 import pytest
 
 from rowint8.eval.quality import agreement
+from rowint8.eval.report.quality import compared
 
 
 def test_rows_count_the_common_beginning_and_the_gap():
@@ -44,4 +45,4 @@ def test_several_ranks_are_compared_with_one(smollm2, monkeypatch):
     assert asked == [1, 2]
     assert [(row.agreed, row.tensor_parallel_size) for row in rows] == [(1, 2)] * 10
     assert rows[0].logprob_gap == pytest.approx(0.1)
-    assert agreement.compared(rows) == "vLLM on 2 ranks against vLLM on one"
+    assert compared(rows) == "vLLM on 2 ranks against vLLM on one"

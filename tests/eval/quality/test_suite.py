@@ -10,7 +10,8 @@ from rich.console import Console
 
 from rowint8.eval.errors import EvalError
 from rowint8.eval.quality.paired import Item, metric_value
-from rowint8.eval.quality.suite import BACKENDS, choose, context_of, quality_rows, quality_tables
+from rowint8.eval.quality.suite import BACKENDS, choose, context_of, quality_rows
+from rowint8.eval.report.quality import quality_tables
 from rowint8.eval.results.files import read_results
 from tests.eval.cli.test_app import rowint8
 
@@ -69,7 +70,7 @@ def test_tables():
     drawn = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert drawn.index("choice: 4 questions, arithmetic in float32") < drawn.index("text: 2 questions")
     (line,) = [line.split() for line in drawn.splitlines() if "vllm-rowint8" in line and "acc" in line]
-    assert " ".join(line) == "acc vllm-rowint8 0.7500 ± 0.2500 +0.2500 ± 0.4787 2 / 1"
+    assert " ".join(line) == "acc vllm-rowint8 0.7500 ± 0.2500 +0.2500 ± 0.4787 2 1"
     assert "from transformers" in drawn
 
 
