@@ -1,13 +1,149 @@
 """The commands `rowint8 bench ...`: speed."""
 
+import time
+from typing import Annotated, Optional
+
 import typer
 
-from rowint8.eval.cli import bench_engine as cli_bench_engine
-from rowint8.eval.cli import bench_kernels as cli_bench_kernels
-from rowint8.eval.cli import bench_vllm as cli_bench_vllm
+from rowint8.eval.cli.kernels import bench_kernels
+from rowint8.eval.cli.options import Config, Eager, Layers, Model, Repeats, Sequences, TensorParallelSize, Workloads
+from rowint8.eval.cli.output import Append, Json, Kept, say, warn_if_busy
+from rowint8.eval.engines import speed
+from rowint8.eval.engines.setups import SERVED, SETUPS, choose_setups, ladder, ladder_help, model_folder, vocab_size
+from rowint8.eval.errors import EvalError
 
 bench = typer.Typer(help="Measure speed.", no_args_is_help=True)
-bench.command("kernels")(cli_bench_kernels.bench_kernels)
-bench.command("vllm")(cli_bench_vllm.bench_vllm)
-bench.command("serve")(cli_bench_vllm.bench_serve)
-bench.command("engine")(cli_bench_engine.bench_engine)
+bench.command("kernels")(bench_kernels)
+
+
+@bench.command("vllm")
+def bench_vllm(
+    setups: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help=f"Comma-separated: {', '.join(SETUPS)}. Default: all."),
+    ] = None,
+    model: Model = None,
+    config: Config = None,
+    layers: Layers = None,
+    tensor_parallel_size: TensorParallelSize = 1,
+    workloads: Workloads = speed.VLLM_WORKLOADS,
+    repeats: Repeats = 3,
+    enforce_eager: Eager = False,
+    json_file: Json = None,
+    append: Append = False,
+) -> None:
+    """Time whole vLLM engines, offline: rowint8 beside bf16, fp8 and other 8-bit weights, each in a process of its own.
+
+    Example: rowint8 bench vllm --setups bf16,rowint8,fp8 --json vllm.json
+    """
+    from rowint8.eval.engines import vllm as job
+    from rowint8.eval.report.vllm import setup_table, speed_table
+    from rowint8.eval.results.schema import VllmRow
+
+    names, sizes = _installed(choose_setups(setups)), speed.parse_workloads(workloads)
+    warn_if_busy()
+    kept = Kept(json_file, VllmRow, append)
+    with model_folder(model, config, layers) as (folder, loading):
+        requests = speed.make_requests(sizes, vocab_size(folder))
+        llm = {**loading, **job.llm_arguments(folder, sizes, tensor_parallel_size, enforce_eager)}
+
+        def run(name: str) -> list[VllmRow]:
+            start = time.monotonic()
+            result = speed.run_setup(SETUPS[name], llm, requests, repeats, timeout=job.SETUP_TIMEOUT)
+            rows = job.setup_rows(name, requests, result)
+            say(job.summary(rows, time.monotonic() - start))
+            return rows
+
+        failed = kept.measure(names, run)
+    kept.finish(failed, speed_table, setup_table)
+
+
+@bench.command("serve")
+def bench_serve(
+    setups: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(SERVED)}.")] = "bf16,rowint8,fp8",
+    model: Model = None,
+    config: Config = None,
+    layers: Layers = None,
+    tensor_parallel_size: TensorParallelSize = 1,
+    rates: Annotated[str, typer.Option(help="Requests per second, comma-separated.")] = "4,8,16",
+    seconds: Annotated[float, typer.Option(min=0, help="How long to send at each rate.")] = 20.0,
+    prompt_tokens: Annotated[int, typer.Option(min=2, help="Of each request.")] = 512,
+    output_tokens: Annotated[int, typer.Option(min=2, help="Of each request.")] = 128,
+    goodput: Annotated[str, typer.Option(help="Limits in ms: ttft, tpot, e2el.")] = "ttft:200,tpot:50",
+    enforce_eager: Eager = False,
+    json_file: Json = None,
+    append: Append = False,
+) -> None:
+    """Measure `vllm serve` under load with vLLM's own client, one server a setup.
+
+    Example: rowint8 bench serve --rates 8,32 --goodput ttft:200,tpot:20 --json serve.json
+    """
+    from rowint8.eval.engines import serve as job
+    from rowint8.eval.report.serve import serve_table
+    from rowint8.eval.results.schema import ServeRow
+
+    names, sent_at = choose_setups(setups, SERVED), job.parse_rates(rates)
+    load = job.Load(prompt_tokens, output_tokens, seconds, job.parse_goodput(goodput))
+    warn_if_busy()
+    kept = Kept(json_file, ServeRow, append)
+    with model_folder(model, config, layers, tokenizer=True) as (folder, loading):
+        arguments = {**loading, **job.server_arguments(load, tensor_parallel_size, enforce_eager)}
+        failed = kept.measure(names, lambda name: job.run_setup(name, folder, arguments, sent_at, load))
+    by_rate = sorted(kept.rows, key=lambda row: row.request_rate)
+    kept.finish(failed, lambda _: serve_table(("", row) for row in by_rate))
+
+
+@bench.command("engine")
+def bench_engine(
+    setups: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help=f"Comma-separated: {ladder_help()}. Default: all that run here."),
+    ] = None,
+    model: Model = None,
+    config: Config = None,
+    layers: Layers = None,
+    workloads: Workloads = speed.ENGINE_WORKLOADS,
+    sequences: Sequences = 0,
+    repeats: Repeats = 3,
+    json_file: Json = None,
+    append: Append = False,
+) -> None:
+    """Time the small engine, rung by rung, and vLLM (on a CPU transformers) beside it, each in a process of its own.
+
+    Example: rowint8 bench engine --sequences 256 --json engine.json
+    """
+    import torch
+
+    from rowint8.eval.engines import baseline as job
+    from rowint8.eval.report.engine import ladder_table
+    from rowint8.eval.results.schema import EngineRow
+
+    known = ladder(torch.cuda.is_available())
+    names, sizes = choose_setups(setups, known), speed.parse_workloads(workloads)
+    warn_if_busy()
+    kept = Kept(json_file, EngineRow, append)
+    with model_folder(model, config, layers) as (folder, loading):
+        requests = speed.make_requests(sizes, vocab_size(folder), sequences)
+
+        def run(name: str) -> list[EngineRow]:
+            setup, dummy = known[name], bool(loading)
+            arguments = job.engine_arguments(setup.engine, folder, dummy, requests)
+            result = speed.run_setup(setup, arguments, requests, repeats, dummy)
+            say(f"{name}: started in {result['start_s']:.0f} s")
+            return job.setup_rows(name, setup.engine, requests, result)
+
+        failed = kept.measure(names, run)
+    kept.finish(failed, ladder_table)
+
+
+def _installed(names: list[str]) -> list[str]:
+    """The setups that can run here; says which cannot."""
+    from rowint8.eval.processes import require_package
+
+    require_package("vllm", "run `pip install 'rowint8[vllm]'`")
+    absent = [name for name in names if not SETUPS[name].installed]
+    for name in absent:
+        say(f"without {name}: the package {SETUPS[name].package} is not installed")
+    if len(absent) == len(names):
+        raise EvalError("no setup of --setups can run here")
+    return [name for name in names if name not in absent]

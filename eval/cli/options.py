@@ -18,5 +18,8 @@ Config = Annotated[
 Layers = Annotated[Optional[int], typer.Option(min=1, help="Depth of the random weights, instead of all.")]  # noqa: UP045
 Workloads = Annotated[str, typer.Option(help="Comma-separated BATCHxPROMPTxOUTPUT, in tokens.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Measured runs of a workload; medians count.")]
+Sequences = Annotated[
+    int, typer.Option(min=0, help="Requests of the throughput workload (100 to 1024 tokens in and out); 0: without it.")
+]
 TensorParallelSize = Annotated[int, typer.Option(min=1, help="GPUs that a model is split over.")]
 Eager = Annotated[bool, typer.Option("--enforce-eager", help="No compilation, no CUDA graphs: a quick trial.")]
