@@ -4,14 +4,23 @@ What is compiled is what the operators launch for the layers of Llama-3.1-8B and
 Prints one JSON object per kernel: card, operator and sizes of a launch, name and tile of the kernel, shared memory in
 bytes, tensor memory in columns, and registers, stack and local memory per thread as its binary's resource report has
 them.
+
+`--code FOLDER` instead writes the PTX and the disassembly of each kernel, without its name and its source's lines.
+`--compare BEFORE AFTER` says how the code in two such folders differs, and exits with 1 where it does.
 """
 
+import argparse
 import json
 import multiprocessing
+import os
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
 
 import torch
 from triton import knobs
@@ -88,13 +97,18 @@ def _tile(kernel) -> str:
     return f"{sizes} w{kernel.metadata.num_warps} s{kernel.metadata.num_stages}"
 
 
-def _found_in(binary: bytes) -> dict[str, int]:
-    """What cuobjdump says of a binary."""
+def _disassembled(binary: bytes) -> str:
+    """What cuobjdump says of a binary: the resources that it takes, then its instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _found_in(binary: bytes) -> dict[str, int]:
+    """Numbers from the disassembly of a binary."""
+    text = _disassembled(binary)
     found = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", text)
     assert found, text
     resources = dict(zip(("registers", "stack", "local"), map(int, found.groups()), strict=True))
@@ -115,9 +129,69 @@ def _loops_over_k(text: str) -> dict[str, int]:
     return dict(loops_over_k=len(inner), fetched_addresses=sum(inner))
 
 
-if __name__ == "__main__":
+def write_code(folder: Path, launch: Launch) -> list[str]:
+    """Writes a .ptx and a .sass for what the launch needs, named after the launch; the names."""
+    kernels = compiled(launch.run)
+    card, op, m, n, k, bias, dtype = launch
+    names = [f"{card}-{op}-{m}x{n}x{k}-{dtype}-{bias}-{i}".replace("torch.", "") for i in range(len(kernels))]
+    for name, kernel in zip(names, kernels, strict=True):
+        entry, sass = kernel.metadata.name, _disassembled(kernel.asm["cubin"])
+        (folder / f"{name}.ptx").write_text(re.sub(" *//.*", "", kernel.asm["ptx"]).replace(entry, "kernel"))
+        (folder / f"{name}.sass").write_text("\n".join(line.replace(entry, "kernel") for line in _code_lines(sass)))
+    return names
+
+
+def _code_lines(sass: str) -> Iterator[str]:
+    """Resources and instructions, without addresses and encodings."""
+    yield from re.findall(r"REG:.*", sass)
+    yield from re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^;]+;)", sass)
+
+
+def compare(before: Path, after: Path) -> Counter[str]:
+    """Prints the kernels whose code differs; how many there are of each outcome."""
+    outcomes: Counter[str] = Counter()
+    for name in sorted({file.stem for folder in (before, after) for file in folder.glob("*.ptx")}):
+        outcome = _outcome(before / name, after / name)
+        outcomes[outcome.split(":")[0]] += 1
+        if outcome != "same PTX":
+            print(f"{name} {outcome}")
+    return outcomes
+
+
+def _outcome(before: Path, after: Path) -> str:
+    """ "same PTX", "same SASS" or "different", with what the binaries take."""
+    if not all(each.with_suffix(".ptx").exists() for each in (before, after)):
+        return "missing"
+    if len({each.with_suffix(".ptx").read_text() for each in (before, after)}) == 1:
+        return "same PTX"
+    texts = [each.with_suffix(".sass").read_text().splitlines() for each in (before, after)]
+    if texts[0] == texts[1]:
+        return "same SASS"
+    taken = [re.sub(r" (TEXTURE|SURFACE|SAMPLER).*", "", text[0]) + f", {len(text)} instructions" for text in texts]
+    moved = sum((Counter(texts[0]) - Counter(texts[1])).values())
+    return f"different: {taken[0]} -> {taken[1]}, {moved} of the former are gone"
+
+
+def _compile_all(work: Callable[[Launch], list]) -> Iterator:
     install()
     with multiprocessing.get_context("fork").Pool() as pool:
-        for compilation in pool.imap_unordered(reports, distinct(launches())):
-            for report in compilation:
-                print(json.dumps(report), flush=True)
+        for done in pool.imap_unordered(work, distinct(launches())):
+            yield from done
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--code", type=Path, metavar="FOLDER")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"))
+    given = parser.parse_args()
+    if given.compare:
+        outcomes = compare(*given.compare)
+        print(dict(outcomes))
+        sys.exit(set(outcomes) != {"same PTX"})
+    if given.code:
+        given.code.mkdir(parents=True)
+        os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
+        print(len(list(_compile_all(partial(write_code, given.code)))), "kernels")
+    else:
+        for report in _compile_all(reports):
+            print(json.dumps(report), flush=True)
