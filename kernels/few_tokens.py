@@ -1,5 +1,7 @@
 # type: ignore  # Gluon's own types do not describe device code
-"""The INT8 product for up to 8 tokens, in Gluon: weights go from memory to registers to tensor cores, and nowhere else.
+"""The INT8 product for up to 8 tokens, in Gluon: device code and launcher.
+
+Weights go from memory to registers to tensor cores, and nowhere else.
 
 A program has 16 weight rows and all tokens. Its warps take turns along K, and their sums are added at the end. There is
 no pipeline: a warp asks for all of its block and waits, and the many warps of a multiprocessor hide each other's waits.
@@ -8,15 +10,22 @@ What makes it cheap is the order of K. A tensor core wants from each thread four
 apart; memory wants 16 neighbours at once. As a sum does not care for its order, a thread's 16 neighbours are declared
 to be its four values in four multiplications, in the weight and in the tokens alike. No value ever changes threads.
 
-This file is device code; `few_tokens_product` launches it.
 """
 
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from rowint8.kernels.int8_convert import FOUR_TO_BF16, FOUR_TO_FP16
+from rowint8.kernels.launch import blocks, dependent_launch, launch, traits
+from rowint8.kernels.shared_device_code import PREFETCH, silu_times
+from rowint8.kernels.tiles.types import FewTokensTile
 
 ROWS = gl.constexpr(16)
 """Weight rows of a program: the height of the multiplication."""
@@ -94,14 +103,8 @@ def _ask_for(values, N, K, FUSED: gl.constexpr, WARPS: gl.constexpr):
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [WARPS, 1], [1, 0])
     rows = _rows(N, FUSED, gl.SliceLayout(1, LAYOUT)).to(gl.int64)
     lines = gl.minimum(gl.arange(0, _HINT // 128, gl.SliceLayout(0, LAYOUT)) * 128, K - 1)
-    gl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [values + rows[:, None] * K + lines[None, :]],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    addresses = values + rows[:, None] * K + lines[None, :]
+    gl.inline_asm_elementwise(PREFETCH, "=r,l", [addresses], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -138,7 +141,7 @@ def _finish(acc, scale, bias, out, M, N, HAS_BIAS: gl.constexpr, FUSED: gl.const
         acc += gl.load(bias + rows).to(gl.float32)[:, None]
     if FUSED:
         gate, up = acc.reshape([2, ROWS // 2, TOKENS]).permute((1, 2, 0)).split()
-        _store(gate / (1.0 + gl.exp(-gate)) * up, out, M, N // 2)
+        _store(silu_times(gate, up), out, M, N // 2)
     else:
         _store(acc, out, M, N)
 
@@ -150,3 +153,34 @@ def _store(result, out, M, N):
     tokens = gl.arange(0, TOKENS, gl.SliceLayout(0, result.type.layout))
     ptrs = out + tokens.to(gl.int64)[None, :] * N + n[:, None]
     gl.store(ptrs, result.to(out.dtype.element_ty), mask=(n < N)[:, None] & (tokens < M)[None, :])
+
+
+_REGISTERS = 168
+"""A limit that is never reached. Without one, ptxas saves registers by asking for a block of the weight piece by piece,
+and waiting each time."""
+
+
+def few_tokens_product(
+    tokens: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, tile: FewTokensTile, fused: bool = False
+) -> Tensor:
+    """linear, or swiglu where `fused`, of contiguous 16-bit [M, K] activations, M at most 8; N and K are at least 1.
+
+    Arguments as in `ops.linear`; compute capability 8.0 and newer.
+    """
+    (M, K), N = tokens.shape, values.shape[0]
+    out = torch.empty(M, N // 2 if fused else N, dtype=tokens.dtype, device=tokens.device)
+    variant = "few_tokens", fused, tile, N, K, traits(tokens, values, scale, bias)
+    constants, options = _constants(tile, K, tokens.device, bias is not None, fused)
+    grid = blocks(N, ROWS.value), 1, 1
+    launch(few_tokens_kernel, variant, grid, (tokens, values, scale, bias, out, M, N, K), constants, options)
+    return out
+
+
+@cache
+def _constants(
+    tile: FewTokensTile, k: int, device: torch.device, has_bias: bool, fused: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    pdl = dependent_launch(device)
+    sizes = dict(WARPS=tile.warps, CHUNK=tile.block_k // tile.warps, EVEN_K=k % tile.block_k == 0)
+    options = dict(num_warps=tile.warps, maxnreg=_REGISTERS, launch_pdl=pdl)
+    return dict(HAS_BIAS=has_bias, FUSED=fused, **sizes, PDL=pdl), options

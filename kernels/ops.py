@@ -6,6 +6,8 @@ kernels; CPU tensors run ATen (`kernels/cpu.py`).
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +15,6 @@ from torch import Tensor
 from rowint8.kernels import cpu
 
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-_library = torch.library.Library("rowint8", "DEF")
-_library.define("linear(Tensor x, Tensor values, Tensor scale, Tensor? bias=None) -> Tensor")
-_library.define("swiglu(Tensor x, Tensor values, Tensor scale) -> Tensor")
-_library.define("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)")
 
 
 def linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -80,8 +77,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return torch.ops.rowint8.add_rms_norm.default(x, residual, weight, eps)
 
 
-def _check(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
-    """Raises ValueError unless the arguments fit together."""
+def _check_linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+    """Raises ValueError unless the arguments of `linear` fit together."""
     _check_dtype(x)
     if values.dtype != torch.int8 or values.dim() != 2 or not values.is_contiguous():
         raise ValueError(
@@ -102,7 +99,7 @@ def _check_dtype(x: Tensor) -> None:
         raise ValueError(f"rowint8: activations are {x.dtype}; accepted are float32, bfloat16 and float16")
 
 
-def _check_norm(x: Tensor, residual: Tensor, weight: Tensor) -> None:
+def _check_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
     """Raises ValueError unless the arguments of `add_rms_norm` fit together."""
     _check_dtype(x)
     if x.dim() == 0:
@@ -117,42 +114,22 @@ def _check_norm(x: Tensor, residual: Tensor, weight: Tensor) -> None:
         raise ValueError(f"rowint8: activations are on {x.device}; residual and norm weight must be there too")
 
 
-def _check_halves(values: Tensor) -> None:
+def _check_swiglu(x: Tensor, values: Tensor, scale: Tensor) -> None:
+    """Raises ValueError unless the arguments of `swiglu` fit together."""
+    _check_linear(x, values, scale)
     if values.shape[0] % 2:
         raise ValueError(f"rowint8: a SwiGLU weight has as many gate rows as up rows; {values.shape[0]} is odd")
 
 
-def _linear_fake(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    _check(x, values, scale, bias)
-    return x.new_empty(*x.shape[:-1], values.shape[0])
+def _product(kernel: Callable[..., Tensor], x: Tensor, *weight: Tensor | None) -> Tensor:
+    """Runs a kernel of [M, K] activations for any leading dimensions."""
+    return _unflatten(kernel(_flatten(x), *weight), x)
 
 
-def _swiglu_fake(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
-    _check(x, values, scale)
-    _check_halves(values)
-    return x.new_empty(*x.shape[:-1], values.shape[0] // 2)
-
-
-def _add_rms_norm_fake(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    _check_norm(x, residual, weight)
-    return x.new_empty(x.shape), x.new_empty(x.shape)
-
-
-def _run_linear(kernel: Callable, x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    _check(x, values, scale, bias)
-    return _unflatten(kernel(_flatten(x), values, scale, bias), x)
-
-
-def _run_swiglu(kernel: Callable, x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
-    _check(x, values, scale)
-    _check_halves(values)
-    return _unflatten(kernel(_flatten(x), values, scale), x)
-
-
-def _run_add_rms_norm(
-    kernel: Callable, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+def _norm(
+    kernel: Callable[..., tuple[Tensor, Tensor]], x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    _check_norm(x, residual, weight)
+    """Runs a kernel of contiguous [M, H] activations for any leading dimensions and strides."""
     normed, total = kernel(_flatten(x), _flatten(residual), weight.contiguous(), eps)
     return _unflatten(normed, x), _unflatten(total, x)
 
@@ -167,42 +144,75 @@ def _unflatten(out: Tensor, x: Tensor) -> Tensor:
     return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
 
-def _linear_cpu(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    return _run_linear(cpu.linear, x, values, scale, bias)
+def _linear_cuda(*given: Any) -> Tensor:
+    from rowint8.kernels.dispatch import run
+
+    return run("linear", *given)
 
 
-def _swiglu_cpu(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
-    return _run_swiglu(cpu.swiglu, x, values, scale)
+def _swiglu_cuda(*given: Any) -> Tensor:
+    from rowint8.kernels.dispatch import run
+
+    return run("swiglu", *given)
 
 
-def _add_rms_norm_cpu(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _run_add_rms_norm(cpu.add_rms_norm, x, residual, weight, eps)
-
-
-def _linear_cuda(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    from rowint8.kernels.int8_linear import int8_linear
-
-    return _run_linear(int8_linear, x, values, scale, bias)
-
-
-def _swiglu_cuda(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
-    from rowint8.kernels.int8_swiglu import int8_swiglu
-
-    return _run_swiglu(int8_swiglu, x, values, scale)
-
-
-def _add_rms_norm_cuda(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _add_rms_norm_cuda(*given: Any) -> tuple[Tensor, Tensor]:
     from rowint8.kernels.add_rms_norm import add_rms_norm as kernel
 
-    return _run_add_rms_norm(kernel, x, residual, weight, eps)
+    return kernel(*given)
 
 
-torch.library.register_fake("rowint8::linear", _linear_fake, lib=_library)
-torch.library.register_fake("rowint8::swiglu", _swiglu_fake, lib=_library)
-torch.library.register_fake("rowint8::add_rms_norm", _add_rms_norm_fake, lib=_library)
-_library.impl("linear", _linear_cpu, "CPU")
-_library.impl("swiglu", _swiglu_cpu, "CPU")
-_library.impl("add_rms_norm", _add_rms_norm_cpu, "CPU")
-_library.impl("linear", _linear_cuda, "CUDA")
-_library.impl("swiglu", _swiglu_cuda, "CUDA")
-_library.impl("add_rms_norm", _add_rms_norm_cuda, "CUDA")
+class _Operator(NamedTuple):
+    schema: str
+    check: Callable[..., None]
+    """Raises ValueError unless the arguments fit together."""
+    outputs: Callable[..., Any]
+    """Outputs for arguments that have no memory."""
+    run: Callable[..., Any]
+    """Brings the arguments into the shape that the kernels take, and their outputs into that of the caller."""
+    cpu: Callable[..., Any]
+    cuda: Callable[..., Any]
+
+
+_OPERATORS = {
+    "linear": _Operator(
+        "(Tensor x, Tensor values, Tensor scale, Tensor? bias=None) -> Tensor",
+        check=_check_linear,
+        outputs=lambda x, values, *_: x.new_empty(*x.shape[:-1], values.shape[0]),
+        run=_product,
+        cpu=cpu.linear,
+        cuda=_linear_cuda,
+    ),
+    "swiglu": _Operator(
+        "(Tensor x, Tensor values, Tensor scale) -> Tensor",
+        check=_check_swiglu,
+        outputs=lambda x, values, *_: x.new_empty(*x.shape[:-1], values.shape[0] // 2),
+        run=_product,
+        cpu=cpu.swiglu,
+        cuda=_swiglu_cuda,
+    ),
+    "add_rms_norm": _Operator(
+        "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+        check=_check_norm,
+        outputs=lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
+        run=_norm,
+        cpu=cpu.add_rms_norm,
+        cuda=_add_rms_norm_cuda,
+    ),
+}
+
+
+def _checked(check: Callable[..., None], then: Callable[..., Any]) -> Callable[..., Any]:
+    def operator(*given: Any) -> Any:
+        check(*given)
+        return then(*given)
+
+    return operator
+
+
+_library = torch.library.Library("rowint8", "DEF")
+for _name, _operator in _OPERATORS.items():
+    _library.define(_name + _operator.schema)
+    torch.library.register_fake(f"rowint8::{_name}", _checked(_operator.check, _operator.outputs), lib=_library)
+    for _device, _kernel in (("CPU", _operator.cpu), ("CUDA", _operator.cuda)):
+        _library.impl(_name, _checked(_operator.check, partial(_operator.run, _kernel)), _device)

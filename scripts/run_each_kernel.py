@@ -2,11 +2,10 @@
 
 import torch
 
-from rowint8.kernels import ops
-from rowint8.kernels.hopper.launch import hopper_product
+from rowint8.kernels import dispatch, ops
 from rowint8.kernels.quantize import quantize_rowwise
+from rowint8.kernels.tiles.card import card_of
 from rowint8.kernels.tiles.hopper_cost import hopper_candidates
-from rowint8.kernels.tiles.pick import hopper_processors
 
 HIDDEN = 1040
 weight = quantize_rowwise(torch.randn(336, HIDDEN, device="cuda"))
@@ -21,11 +20,11 @@ for m in (1, 5, 70, 300):
     print("linear and swiglu", m, flush=True)
     ops.linear(tokens(m), *weight, bias)
     ops.swiglu(tokens(m), *weight)
-if hopper_processors(torch.device("cuda")):
+if card_of(bias.device).hopper_processors:
     for op in ("linear", "swiglu"):
         for tile in hopper_candidates(op, 1):
             print(op, tile, flush=True)
-            hopper_product(tokens(tile.block_m + 3), *weight, None, tile, fused=op == "swiglu")
+            dispatch.run(op, tokens(tile.block_m + 3), *weight, tile=tile)
 for m in (3, 600):
     print("add_rms_norm", m, flush=True)
     ops.add_rms_norm(tokens(m), tokens(m), torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16), 1e-5)

@@ -2,8 +2,8 @@
 
 Candidates are compiled ahead in several processes, which leaves them in Triton's cache, then timed one by one as
 `bench_kernels` times: in CUDA graphs, over copies of the weight that exceed the L2 cache. What seems fastest is timed
-once more beside the shipped tile, which stays unless it is beaten by more than noise. `kernels/tuned.py` describes the
-file of the outcome.
+once more beside the shipped tile, which stays unless it is beaten by more than noise. `kernels/tiles/user.py`
+describes the file of the outcome.
 """
 
 import multiprocessing
@@ -16,28 +16,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
-from rowint8.eval.console import compact_table
 from rowint8.eval.errors import EvalError
 from rowint8.eval.kernels.bench import check_agrees
 from rowint8.eval.kernels.shapes import Shape
 from rowint8.eval.kernels.timing import Call, graph_us, rotated_copies
 from rowint8.eval.kernels.tune_candidates import candidates
 from rowint8.eval.results.schema import KernelRow
-from rowint8.kernels import ops
+from rowint8.eval.tables import Table
+from rowint8.kernels import dispatch
 from rowint8.kernels.quantize import Int8Weight
-from rowint8.kernels.tiles.pick import hopper_processors, shared_memory_limit
-from rowint8.kernels.tiles.user import Tile, use_tiles
-from rowint8.kernels.warmup import chosen_tile
+from rowint8.kernels.tiles.card import card_of
+from rowint8.kernels.tiles.types import Tile
 
 NOISE = 0.02
 """A tile must be faster than the shipped one by this part of its time."""
 _FINALISTS = 3
 _PROCESSES = 8
 _DTYPE = torch.bfloat16
-_OPS: dict[str, Callable[..., Tensor]] = {"linear": ops.linear, "swiglu": ops.swiglu}
 
 
 Timer = Callable[[Sequence[Call]], tuple[float, float]]
@@ -63,12 +60,12 @@ class Choice(NamedTuple):
 
 def make_jobs(shapes: Sequence[Shape], tokens: Sequence[int], device: torch.device) -> list[Job]:
     """A job for each product and number of tokens, by shape."""
-    limit, on_hopper = shared_memory_limit(device), hopper_processors(device) > 0
+    card = card_of(device)
     return [
-        Job(op, shape, m, candidates(op, m, limit, on_hopper))
+        Job(op, shape, m, candidates(op, m, card.shared_memory, card.hopper_processors > 0))
         for shape in shapes
         for op in shape.ops
-        if op in _OPS
+        if op in dispatch.OPERATORS
         for m in sorted(tokens)
     ]
 
@@ -77,9 +74,8 @@ def compilations(jobs: Sequence[Job]) -> list[tuple[Job, Tile]]:
     """Each kernel once, with a job that can use it: most do not depend on the shape."""
     by_kernel = {}
     for job in jobs:
-        n, k = job.shape.n, job.shape.k
         for tile in job.tiles:
-            by_kernel.setdefault((job.op, tile, n % 16, k % 16, k % tile.block_k == 0), (job, tile))
+            by_kernel.setdefault(dispatch.compilation(job.op, tile, job.shape.n, job.shape.k), (job, tile))
     return list(by_kernel.values())
 
 
@@ -98,9 +94,9 @@ def compile_ahead(wanted: Sequence[tuple[Job, Tile]], seconds: float, advance: C
 
 
 def _compile(op: str, shape: Shape, m: int, tile: Tile) -> None:
-    use_tiles(op, shape.n, shape.k, {m: tile})
     values = torch.empty(shape.n, shape.k, dtype=torch.int8, device="cuda")
-    _OPS[op](torch.empty(m, shape.k, dtype=_DTYPE, device="cuda"), values, values.new_empty(shape.n).half())
+    x, scale = torch.empty(m, shape.k, dtype=_DTYPE, device="cuda"), values.new_empty(shape.n).half()
+    dispatch.run(op, x, values, scale, tile=tile)
 
 
 def choose_tiles(
@@ -118,10 +114,9 @@ def _choose(job: Job, device: torch.device, timer: Timer) -> Choice:
     (_, n, k, _), m = job.shape, job.m
     weights = _weights(n, k, device)
     x = torch.randn(m, k, device=device).to(_DTYPE)
-    use_tiles(job.op, n, k, {})
-    shipped = chosen_tile(job.op, x, weights[0].values)
-    calls = [partial(_OPS[job.op], x, *weight) for weight in weights]
-    timed = partial(_timed, job, calls, calls[0](), timer)
+    shipped = dispatch.choose(job.op, x, weights[0].values, of_user=False)
+    calls = partial(_calls, job.op, x, weights)
+    timed = partial(_timed, calls, calls(shipped)[0](), timer)
     first = {tile: timed(tile) for tile in dict.fromkeys([shipped, *job.tiles])}
     ranked = sorted((us, index, tile) for index, (tile, us) in enumerate(first.items()) if us)
     final = {tile: timed(tile) for tile in dict.fromkeys([shipped, *(tile for *_, tile in ranked[:_FINALISTS])])}
@@ -134,17 +129,20 @@ def _choose(job: Job, device: torch.device, timer: Timer) -> Choice:
     return Choice(_row(job, {"shipped": again[shipped], "tuned": again[tile]}), tile, failed)
 
 
-def _timed(job: Job, calls: Sequence[Call], reference: Tensor, timer: Timer, tile: Tile) -> tuple[float, float] | None:
+def _calls(op: str, x: Tensor, weights: Sequence[Int8Weight], tile: Tile) -> list[Call]:
+    """A call for each copy of the weight."""
+    return [partial(dispatch.run, op, x, *weight, tile=tile) for weight in weights]
+
+
+def _timed(
+    calls: Callable[[Tile], Sequence[Call]], reference: Tensor, timer: Timer, tile: Tile
+) -> tuple[float, float] | None:
     """Median and spread of the calls with a tile; None where it does not run, or computes something else."""
-    shape = job.op, job.shape.n, job.shape.k
-    use_tiles(*shape, {job.m: tile})
     try:
-        check_agrees(calls[0](), reference)
-        return timer(calls)
+        check_agrees(calls(tile)[0](), reference)
+        return timer(calls(tile))
     except Exception:  # whatever a compiler or a driver says of a candidate, others remain
         return None
-    finally:
-        use_tiles(*shape, {})
 
 
 def _row(job: Job, timed: dict[str, tuple[float, float]]) -> KernelRow:
@@ -164,15 +162,18 @@ def _weights(n: int, k: int, device: torch.device) -> list[Int8Weight]:
 def tune_table(choices: Sequence[Choice], card: str) -> Table:
     """A line a choice."""
     failed = sum(choice.failed for choice in choices)
-    table = compact_table(f"microseconds a call on {card}", f"{failed} candidates did not run")
-    for heading in ("op", "shape"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("M", "shipped", "tuned", "gain"):
-        table.add_column(heading, justify="right")
-    for row in (choice.row for choice in choices):
-        shipped, tuned = row.us["shipped"], row.us["tuned"]
-        table.add_row(row.op, row.shape, str(row.M), f"{shipped:.1f}", f"{tuned:.1f}", f"{1 - tuned / shipped:.0%}")
-    return table
+    rows = [choice.row for choice in choices]
+    return Table(
+        ["op", "shape", "M", "shipped", "tuned", "gain"],
+        [[row.op, row.shape, str(row.M), *_gain(row.us["shipped"], row.us["tuned"])] for row in rows],
+        title=f"microseconds a call on {card}",
+        note=f"{failed} candidates did not run",
+        words=2,
+    )
+
+
+def _gain(shipped: float, tuned: float) -> list[str]:
+    return [f"{shipped:.1f}", f"{tuned:.1f}", f"{1 - tuned / shipped:.0%}"]
 
 
 def model_shapes(folder: Path) -> list[Shape]:

@@ -16,8 +16,9 @@ from triton.runtime import driver
 from rowint8.kernels.hopper.kernel import Config, hopper_kernel
 from rowint8.kernels.hopper.stream_k import FLAG
 from rowint8.kernels.launch import launch, traits
-from rowint8.kernels.tiles.hopper_cost import CONSUMER_ROWS, HopperTile, hopper_schedule
-from rowint8.kernels.tiles.pick import hopper_processors
+from rowint8.kernels.tiles.card import card_of
+from rowint8.kernels.tiles.hopper_cost import hopper_schedule
+from rowint8.kernels.tiles.types import CONSUMER_ROWS, HopperTile
 
 _GLUON_DTYPE = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _DESCRIPTORS = 4096
@@ -34,7 +35,7 @@ def hopper_product(
     """
     (M, K), N = tokens.shape, values.shape[0]
     out = torch.empty(M, N // 2 if fused else N, dtype=tokens.dtype, device=tokens.device)
-    programs, waves = hopper_schedule(tile, M, N, K, hopper_processors(tokens.device))
+    programs, waves = hopper_schedule(tile, M, N, K, card_of(tokens.device).hopper_processors)
     parts = flags = None
     if tile.shared:
         parts = torch.empty(programs, tile.rows * tile.block_m, dtype=torch.float32, device=tokens.device)
@@ -80,7 +81,7 @@ def _flags_of_streams(device: torch.device, block: int) -> Tensor:
         raise RuntimeError(
             "rowint8 makes its flags at the first product, not in a CUDA graph's capture: call one before"
         )
-    shape = _STREAMS, hopper_processors(device) * _FLAGS * FLAG.value
+    shape = _STREAMS, card_of(device).hopper_processors * _FLAGS * FLAG.value
     with ThreadPoolExecutor(1) as thread:
         [flags] = thread.map(partial(torch.zeros, dtype=torch.int32, device=device), [shape])
     torch.cuda.synchronize(device)

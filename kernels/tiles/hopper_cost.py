@@ -1,44 +1,10 @@
-"""Tiles of the Hopper kernel: which there are, how they are dealt to programs, what they cost. `tiles` picks one."""
+"""How the tiles of the Hopper kernel are dealt to programs, and the time that this is estimated to take."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
-CONSUMER_ROWS = 64
-"""Weight rows of one consumer of the Hopper kernel: the height of a wgmma."""
-
-
-@dataclass(frozen=True)
-class HopperTile:
-    """A variant of the Hopper kernel."""
-
-    block_m: int
-    """Tokens per program."""
-    block_k: int
-    across: int
-    """Consumers side by side, each with CONSUMER_ROWS weight rows (for SwiGLU half of them are gate rows)."""
-    deep: int
-    """Consumers one behind another, each with a `block_k` of every slice of K."""
-    shared: bool = False
-    """Whether programs share tiles along K, so that each multiplies as much as any other: see `may_be_shared`."""
-    group: int = 8
-    """Row blocks of the weight that run together, for reuse in L2."""
-
-    @property
-    def rows(self) -> int:
-        """Weight rows per program."""
-        return self.across * CONSUMER_ROWS
-
-    def count(self, m: int, n: int) -> int:
-        """Tiles that a product of m tokens and n weight rows has."""
-        return -(-m // self.block_m) * -(-n // self.rows)
-
-    @property
-    def stages(self) -> int:
-        """Slices of K in flight, as many as shared memory holds."""
-        handed_over = 4 * (self.deep - 1) * self.rows * self.block_m
-        slice_bytes = self.deep * self.block_k * (self.rows + 2 * self.block_m)
-        return min(10, (_HOPPER_RING_BYTES - handed_over) // slice_bytes)
+from rowint8.kernels.tiles.types import HOPPER_TILES, HopperTile
 
 
 class _Cost(NamedTuple):
@@ -51,20 +17,19 @@ class _Cost(NamedTuple):
 
 # A least-squares fit to sweeps over Llama-3.1-8B's shapes, 16 to 2048 tokens: for comparing tiles only. What a part
 # costs, and from where on tiles are shared, is set by hand to what makes the best choices there.
-_HOPPER = {
-    HopperTile(16, 256, across=1, deep=2): _Cost(1.64, 1.62),
-    HopperTile(16, 256, across=2, deep=1): _Cost(3.22, 2.12),
-    HopperTile(32, 256, across=2, deep=1): _Cost(3.46, 1.59),
-    HopperTile(32, 128, across=1, deep=2): _Cost(1.85, 1.18),
-    HopperTile(64, 128, across=1, deep=2): _Cost(2.39, 1.33),
-    HopperTile(64, 64, across=4, deep=1): _Cost(8.97, 0.0),
-    HopperTile(128, 64, across=1, deep=2): _Cost(3.98, 0.5),
-    HopperTile(128, 64, across=2, deep=2): _Cost(6.56, 1.49),
-    HopperTile(128, 64, across=3, deep=1): _Cost(9.87, 0.0),
-    HopperTile(128, 64, across=4, deep=1): _Cost(12.74, 0.0),
-    HopperTile(256, 64, across=2, deep=1): _Cost(11.75, 0.0),
+_COSTS = {  # (block_m, block_k, across, deep)
+    (16, 256, 1, 2): _Cost(1.64, 1.62),
+    (16, 256, 2, 1): _Cost(3.22, 2.12),
+    (32, 256, 2, 1): _Cost(3.46, 1.59),
+    (32, 128, 1, 2): _Cost(1.85, 1.18),
+    (64, 128, 1, 2): _Cost(2.39, 1.33),
+    (64, 64, 4, 1): _Cost(8.97, 0.0),
+    (128, 64, 1, 2): _Cost(3.98, 0.5),
+    (128, 64, 2, 2): _Cost(6.56, 1.49),
+    (128, 64, 3, 1): _Cost(9.87, 0.0),
+    (128, 64, 4, 1): _Cost(12.74, 0.0),
+    (256, 64, 2, 1): _Cost(11.75, 0.0),
 }
-HOPPER_TILES = tuple(_HOPPER)
 _LAUNCH_US = 0.85
 _READ_MB_PER_US = 4.11
 _SHARE_US = 1.97
@@ -74,20 +39,13 @@ _SHARED_FROM = 0.97
 _EVEN = 0.9
 """Part of the card from which on it is better to cut every tile alike than to use all of it."""
 
-_HOPPER_RING_BYTES = 221 * 1024
-"""Shared memory for stages; the rest of a program's 227 KiB holds barriers and the epilogue's scratch."""
-
 
 @cache
 def hopper_candidates(op: str, m: int) -> tuple[HopperTile, ...]:
-    """The tiles of the Hopper kernel for m tokens."""
-    whole = [tile for tile in _HOPPER if tile.block_m >= min(m, 64)]
-    return *whole, *(replace(tile, shared=True) for tile in whole if may_be_shared(op, tile))
-
-
-def may_be_shared(op: str, tile: HopperTile) -> bool:
-    """SwiGLU, and four consumers with 128 tokens each, have no registers left for taking the sums of others."""
-    return op == "linear" and (tile.across * tile.deep < 4 or tile.block_m < 128)
+    """The tiles of the Hopper kernel for m tokens, whole ones first."""
+    whole = [tile for tile in HOPPER_TILES if tile.block_m >= min(m, 64)]
+    shared = [replace(tile, shared=True) for tile in whole if tile.can_be_shared]
+    return *whole, *(tile for tile in shared if tile.serves(op))
 
 
 class Schedule(NamedTuple):
@@ -118,7 +76,7 @@ def hopper_us(tile: HopperTile, m: int, n: int, k: int, processors: int) -> floa
 
     With shared tiles a little more than estimated, as they must be worth their while.
     """
-    cost = _HOPPER[replace(tile, shared=False)]
+    cost = _COSTS[tile.sizes]
     programs, waves = hopper_schedule(tile, m, n, k, processors)
     tiles = tile.count(m, n)
     sharing = 0.0

@@ -4,38 +4,13 @@ The tables come from sweeps over the four linear shapes of Llama-3.1-8B, on an H
 H200. Other cards take the same tiles, cut to their shared memory; those that are not Hopper never take a `HopperTile`.
 """
 
-from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import NamedTuple
 
-import torch
-from triton import knobs
-
-from rowint8.kernels.tiles.hopper_cost import HopperTile, hopper_candidates, hopper_us
-
-
-@dataclass(frozen=True)
-class TileConfig:
-    """A kernel variant. block_m = 1 means the one-token kernel on CUDA cores; otherwise the tensor-core kernel."""
-
-    block_m: int
-    """Tokens per program."""
-    block_n: int
-    """Weight rows per program (for SwiGLU: gate and up rows together)."""
-    block_k: int
-    num_warps: int
-    num_stages: int
-    group: int = 8
-    """Row blocks of the weight that run together, for reuse in L2."""
-    slices: int = 1
-    """Slices of a block of K that go to different warps."""
-    overlaps: bool = False
-    """Whether the kernel is set up while the one in front of it still runs, where the card can do so."""
-
-    def shared_memory(self, itemsize: int) -> int:
-        """Bytes that the pipeline of the tensor-core kernel holds for activations of `itemsize` bytes."""
-        return self.num_stages * self.block_k * (self.block_n + self.block_m * itemsize)
-
+from rowint8.kernels.tiles.card import Card
+from rowint8.kernels.tiles.hopper_cost import hopper_candidates, hopper_us
+from rowint8.kernels.tiles.types import MOST_FEW_TOKENS, FewTokensTile, HopperTile, Tile, TritonTile
 
 WIDE_N = 16384
 """From this many rows on, one wave of large tiles fills the card; below it, smaller tiles do better."""
@@ -46,131 +21,136 @@ _ONE_WAVE_N = 4224
 _LONG_K = 8192
 """From here on a narrow weight has too few rows to fill the card two by two, and rows long enough to do so singly."""
 
-_ONE_TOKEN = TileConfig(1, 2, 1024, 1, 1, overlaps=True)
-_ONE_TOKEN_MIDDLE = TileConfig(1, 2, 512, 1, 1, overlaps=True)
-_ONE_TOKEN_LONG = TileConfig(1, 1, 2048, 1, 1, overlaps=True)
-_FEW_TOKENS = TileConfig(16, 16, 512, 4, 5, slices=4, overlaps=True)
-_FEW_TOKENS_MIDDLE = TileConfig(16, 16, 512, 4, 4, slices=4, overlaps=True)
+_ONE_TOKEN = TritonTile(1, 2, 1024, 1, 1, overlaps=True)
+_ONE_TOKEN_MIDDLE = TritonTile(1, 2, 512, 1, 1, overlaps=True)
+_ONE_TOKEN_LONG = TritonTile(1, 1, 2048, 1, 1, overlaps=True)
+_SLICED = TritonTile(16, 16, 512, 4, 5, slices=4, overlaps=True)
+_SLICED_MIDDLE = TritonTile(16, 16, 512, 4, 4, slices=4, overlaps=True)
 
 # (up to this many tokens, tile for a wide weight, tile for a narrow one)
 _LINEAR = (
-    (16, TileConfig(16, 32, 256, 2, 4), _FEW_TOKENS),
-    (32, TileConfig(32, 32, 256, 4, 3), TileConfig(32, 32, 256, 4, 4)),
-    (64, TileConfig(64, 64, 128, 4, 3), TileConfig(32, 64, 256, 4, 3)),
-    (128, TileConfig(128, 64, 128, 4, 3), TileConfig(64, 64, 128, 4, 4)),
-    (256, TileConfig(256, 128, 64, 8, 4), TileConfig(128, 64, 128, 4, 4)),
+    (16, TritonTile(16, 32, 256, 2, 4), _SLICED),
+    (32, TritonTile(32, 32, 256, 4, 3), TritonTile(32, 32, 256, 4, 4)),
+    (64, TritonTile(64, 64, 128, 4, 3), TritonTile(32, 64, 256, 4, 3)),
+    (128, TritonTile(128, 64, 128, 4, 3), TritonTile(64, 64, 128, 4, 4)),
+    (256, TritonTile(256, 128, 64, 8, 4), TritonTile(128, 64, 128, 4, 4)),
 )
 _SWIGLU = (
-    (16, TileConfig(16, 128, 128, 8, 3), _FEW_TOKENS),
-    (32, TileConfig(32, 32, 128, 4, 3), TileConfig(32, 32, 256, 4, 4)),
-    (64, TileConfig(64, 64, 128, 4, 2), TileConfig(32, 64, 256, 4, 3)),
-    (128, TileConfig(128, 128, 128, 8, 4), TileConfig(64, 64, 128, 4, 4)),
-    (256, TileConfig(256, 128, 64, 8, 4), TileConfig(128, 64, 128, 4, 4)),
+    (16, TritonTile(16, 128, 128, 8, 3), _SLICED),
+    (32, TritonTile(32, 32, 128, 4, 3), TritonTile(32, 32, 256, 4, 4)),
+    (64, TritonTile(64, 64, 128, 4, 2), TritonTile(32, 64, 256, 4, 3)),
+    (128, TritonTile(128, 128, 128, 8, 4), TritonTile(64, 64, 128, 4, 4)),
+    (256, TritonTile(256, 128, 64, 8, 4), TritonTile(128, 64, 128, 4, 4)),
 )
-_PREFILL = TileConfig(256, 128, 64, 8, 4)
+_PREFILL = TritonTile(256, 128, 64, 8, 4)
 
-
-@dataclass(frozen=True)
-class FewTokensTile:
-    """A variant of the kernel for 2 to 8 tokens, which has 16 weight rows a program."""
-
-    warps: int
-    block_k: int
-    """K of all warps at a time."""
-
-
-MOST_FEW_TOKENS = 8
 _FEW_WIDE = FewTokensTile(4, 1024)
 _FEW_MIDDLE = FewTokensTile(8, 1024)
 _FEW_NARROW = FewTokensTile(8, 2048)
 
+_SMALL_N, _SMALL_K = 6336, 4096
+"""A weight with at most these rows, and less than this K, is read before the Hopper kernel has started."""
 
-@cache
-def pick_few_tokens_tile(op: str, m: int, n: int, k: int) -> FewTokensTile | None:
-    """The tile of the kernel for few 16-bit tokens, on any card; None where the others are faster."""
+
+class Product(NamedTuple):
+    """What a tile is chosen for."""
+
+    op: str
+    """"linear" or "swiglu"."""
+    m: int
+    """Tokens."""
+    n: int
+    """Weight rows."""
+    k: int
+    itemsize: int
+    """Bytes of one activation."""
+    aligned: bool
+    """Whether the kernels in Gluon can read the operands: see `dispatch.aligned`."""
+
+
+def pick_tile(product: Product, card: Card, tuned: Tile | None = None) -> Tile:
+    """The tile for a product on a card.
+
+    Args:
+        tuned: what `rowint8 tune` found for 16-bit activations there. Where its kernel cannot run the product, a
+            shipped tile of the Triton kernels is taken.
+    """
+    if tuned is not None and product.itemsize == 2:
+        if can_run(tuned, product, card):
+            return _fit(tuned, product.itemsize, card) if isinstance(tuned, TritonTile) else tuned
+        return pick_triton_tile(product, card)
+    few = pick_few_tokens_tile(product.m, product.n)
+    if few and can_run(few, product, card):
+        return few
+    hopper = pick_hopper_tile(*product[:4], card.hopper_processors) if _runs_hopper(product, card) else None
+    return hopper or pick_triton_tile(product, card)
+
+
+def can_run(tile: Tile, product: Product, card: Card) -> bool:
+    """Whether the tile's kernel is one for the product, and for the card."""
+    if isinstance(tile, FewTokensTile):
+        return product.aligned and 1 < product.m <= MOST_FEW_TOKENS
+    return _runs_hopper(product, card) if isinstance(tile, HopperTile) else True
+
+
+def _runs_hopper(product: Product, card: Card) -> bool:
+    """A weight of SwiGLU is read in blocks of eight gate rows and their up rows."""
+    return product.aligned and card.hopper_processors > 0 and (product.op == "linear" or product.n % 16 == 0)
+
+
+def pick_few_tokens_tile(m: int, n: int) -> FewTokensTile | None:
+    """The tile of the kernel for few tokens, on any card; None for other numbers of tokens."""
     if not 1 < m <= MOST_FEW_TOKENS:
         return None
-    tuned = _tuned(op, m, n, k)
-    if tuned is not None:
-        return tuned if isinstance(tuned, FewTokensTile) else None
     return _FEW_NARROW if n <= _ONE_WAVE_N else _FEW_WIDE if n >= WIDE_N else _FEW_MIDDLE
 
 
-@cache
-def pick_tile(op: str, m: int, n: int, k: int, itemsize: int, shared_memory: int) -> TileConfig:
-    """The tile for `op` ("linear" or "swiglu") on m tokens and an [n, k] weight.
+def pick_hopper_tile(op: str, m: int, n: int, k: int, processors: int) -> HopperTile | None:
+    """The tile of the Hopper kernel with the least estimated time; None where the kernels without TMA are faster.
 
     Args:
-        itemsize: bytes of one activation.
-        shared_memory: bytes that one program may use on this card; see `shared_memory_limit`.
+        processors: multiprocessors of the card.
     """
-    tuned = _tuned(op, m, n, k)
-    if isinstance(tuned, TileConfig) and itemsize == 2:
-        return _fit(tuned, itemsize, shared_memory)
+    if m == 1 or (m <= 16 and op == "linear" and n <= _SMALL_N and k < _SMALL_K):
+        return None
+    return min(hopper_candidates(op, m), key=lambda tile: hopper_us(tile, m, n, k, processors))
+
+
+def pick_triton_tile(product: Product, card: Card) -> TritonTile:
+    """The tile of the Triton kernels, which run every product on every card."""
+    op, m, n, k, itemsize, _ = product
     middle = _ONE_WAVE_N < n < WIDE_N
     if m == 1 and op == "linear" and k >= _LONG_K and n < WIDE_N:
         return _ONE_TOKEN_LONG
     if m == 1:
         return _ONE_TOKEN_MIDDLE if middle else _ONE_TOKEN
     if m <= 16 and middle:
-        return _fit(_FEW_TOKENS_MIDDLE, itemsize, shared_memory)
+        return _fit(_SLICED_MIDDLE, itemsize, card)
     for max_m, wide, narrow in _SWIGLU if op == "swiglu" else _LINEAR:
         if m <= max_m:
-            return _fit(wide if n >= WIDE_N else narrow, itemsize, shared_memory)
-    return _fit(_PREFILL, itemsize, shared_memory)
+            return _fit(wide if n >= WIDE_N else narrow, itemsize, card)
+    return _fit(_PREFILL, itemsize, card)
 
 
-def _fit(tile: TileConfig, itemsize: int, shared_memory: int) -> TileConfig:
+def _fit(tile: TritonTile, itemsize: int, card: Card) -> TritonTile:
     """Cuts the pipeline, then the block of K, until the tile fits the card."""
-    while tile.shared_memory(itemsize) > shared_memory and tile.num_stages > 2:
+    while tile.shared_memory(itemsize) > card.shared_memory and tile.num_stages > 2:
         tile = replace(tile, num_stages=tile.num_stages - 1)
-    while tile.shared_memory(itemsize) > shared_memory and tile.block_k > 32 * tile.slices:
+    while tile.shared_memory(itemsize) > card.shared_memory and tile.block_k > 32 * tile.slices:
         tile = replace(tile, block_k=tile.block_k // 2)
     return tile
 
 
-_SMALL_N, _SMALL_K = 6336, 4096
-"""A weight with at most these rows, and less than this K, is read before the Hopper kernel has started."""
+_BLOCK_M = 16
+"""Tokens of the smallest block on tensor cores: from here on, choices change only beyond its multiples."""
 
 
-@cache
-def pick_hopper_tile(op: str, m: int, n: int, k: int, processors: int) -> HopperTile | None:
-    """The tile with the least estimated time for 16-bit activations; None where the other kernels are faster.
+def tokens_between_changes(max_tokens: int, tuned_up_to: Iterable[int]) -> list[int]:
+    """Numbers of tokens, ascending, among which is one for every tile that any number up to `max_tokens` takes.
 
     Args:
-        processors: multiprocessors of the card.
+        tuned_up_to: up to how many tokens each tile of the user goes.
     """
-    tuned = _tuned(op, m, n, k)
-    if tuned is not None:
-        return tuned if isinstance(tuned, HopperTile) else None
-    if _others_are_faster(op, m, n, k):
-        return None
-    return min(hopper_candidates(op, m), key=lambda tile: hopper_us(tile, m, n, k, processors))
-
-
-def _others_are_faster(op: str, m: int, n: int, k: int) -> bool:
-    """Whether the kernels without TMA are faster than the Hopper kernel."""
-    return m == 1 or (m <= 16 and op == "linear" and n <= _SMALL_N and k < _SMALL_K)
-
-
-def _tuned(op: str, m: int, n: int, k: int) -> Any:
-    """The tile that `rowint8 tune` found on this card for 16-bit activations, or None."""
-    from rowint8.kernels.tiles.user import tuned_tile  # imports the tiles of this module
-
-    return tuned_tile(op, m, n, k)
-
-
-@cache
-def hopper_processors(device: torch.device) -> int:
-    """Multiprocessors of a card that runs the Hopper kernel (compute capability 9.0); 0 for any other device."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        return 0
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@cache
-def shared_memory_limit(device: torch.device) -> int:
-    """Bytes of shared memory that one program may use on a CUDA device; under the interpreter, an H100's."""
-    if knobs.runtime.interpret:
-        return 232_448
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    changes = {1, *range(_BLOCK_M, max_tokens, _BLOCK_M), *tuned_up_to, max_tokens}
+    few = range(1, _BLOCK_M)
+    return sorted(m for m in {*few, *changes, *(m + 1 for m in changes)} if m <= max_tokens)

@@ -19,11 +19,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from rowint8.kernels import warmup
+from rowint8.kernels import dispatch, warmup
 from rowint8.kernels.add_rms_norm import add_rms_norm
-from rowint8.kernels.hopper import launch as hopper_product
-from rowint8.kernels.int8_linear import int8_linear
-from rowint8.kernels.int8_swiglu import int8_swiglu
+from rowint8.kernels.hopper import launch as hopper_launch
 
 
 class Card(NamedTuple):
@@ -69,7 +67,11 @@ def _card(device: int | torch.device) -> Card:
 
 def _properties(device: torch.device) -> SimpleNamespace:
     card = _card(device)
-    return SimpleNamespace(shared_memory_per_block_optin=card.shared_memory, multi_processor_count=card.processors)
+    return SimpleNamespace(
+        name=list(CARDS)[device.index],
+        shared_memory_per_block_optin=card.shared_memory,
+        multi_processor_count=card.processors,
+    )
 
 
 class _InThisThread:
@@ -94,7 +96,7 @@ def install() -> None:
     torch.cuda.device = nullcontext
     torch.cuda.synchronize = lambda device: None
     torch.cuda.is_current_stream_capturing = lambda: False
-    hopper_product.ThreadPoolExecutor = warmup.ThreadPoolExecutor = _InThisThread
+    hopper_launch.ThreadPoolExecutor = warmup.ThreadPoolExecutor = _InThisThread
 
 
 @contextmanager
@@ -126,10 +128,7 @@ class Launch(NamedTuple):
                 return
             x = torch.empty(self.m, self.k, dtype=self.dtype, device=device)
             weight = torch.empty(self.n, self.k, dtype=torch.int8, device=device), self._vector(torch.float16, device)
-            if self.op == "swiglu":
-                int8_swiglu(x, *weight)
-            else:
-                int8_linear(x, *weight, self._vector(self.dtype, device) if self.bias else None)
+            dispatch.run(self.op, x, *weight, self._vector(self.dtype, device) if self.bias else None)
 
     def _vector(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(self.n, dtype=dtype, device=device)

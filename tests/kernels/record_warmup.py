@@ -6,15 +6,18 @@ numbers of tokens, up to the limit or beyond, need a kernel that was not.
 """
 
 import json
+import multiprocessing
+import os
 import random
-from collections.abc import Iterator
+import tempfile
+from pathlib import Path
 
 import torch
 
 from rowint8.eval.kernels.shapes import select_shapes
-from rowint8.kernels.tiles.hopper_cost import HOPPER_TILES
-from rowint8.kernels.tiles.pick import TileConfig
-from rowint8.kernels.tiles.user import use_tiles
+from rowint8.kernels.dispatch import OPERATORS
+from rowint8.kernels.tiles.types import HOPPER_TILES, Tile, TritonTile
+from rowint8.kernels.tiles.user import write_tiles
 from rowint8.kernels.warmup import WeightShape, warmup
 from tests.kernels.fake_cards import Launch, install, on_card, recorded
 
@@ -25,9 +28,13 @@ def weights(model: str, bias: bool) -> list[WeightShape]:
     return [WeightShape(op, s.n, s.k, bias and op == "linear") for s in select_shapes(model) for op in s.ops]
 
 
-def compare(card: str, model: str, bias: bool, dtype: torch.dtype, limit: int, tokens: range) -> dict:
-    """Warms up for `limit` tokens, then launches with numbers drawn from `tokens`."""
+def compare(
+    card: str, model: str, bias: bool, dtype: torch.dtype, limit: int, tokens: range, tiles: dict[int, Tile]
+) -> dict:
+    """Warms up for `limit` tokens, then launches with numbers drawn from `tokens`; the user has `tiles`, if any."""
     shapes = weights(model, bias)
+    if tiles:
+        _use(tiles, card, shapes)
     ready = []
     with on_card(card) as device:
         warmed = recorded(lambda: ready.append(warmup(shapes, dtype, device, limit)))
@@ -37,23 +44,34 @@ def compare(card: str, model: str, bias: bool, dtype: torch.dtype, limit: int, t
         for m in random.sample(tokens, min(_DRAWS, len(tokens)))
         for kernel in recorded(Launch(card, op, m, n, k, has_bias, dtype).run) - warmed
     ]
-    return dict(case=f"{card} {model} {dtype} {limit}", warmed=len(warmed), variants=ready[0].kernels, missing=missing)
+    name, beyond = f"{card} {model} {dtype} {limit}", tokens.start > limit
+    return dict(case=name, warmed=len(warmed), variants=ready[0].kernels, missing=missing, beyond=beyond)
 
 
-def cases() -> Iterator[dict]:
-    within = range(1, 3001)
-    for card in ("sm80", "sm86", "sm90", "sm120"):
-        yield compare(card, "llama-3.1-8b", False, torch.bfloat16, 3000, within)
-    yield compare("sm90", "qwen2.5-0.5b", True, torch.float16, 3000, within)
-    yield compare("sm89", "qwen2.5-0.5b", True, torch.float32, 3000, within)
-    yield compare("sm90", "llama-3.1-70b-tp8", False, torch.bfloat16, 5, range(1, 6))
-    for op, n, k, _ in weights("llama-3.1-8b", False):
-        use_tiles(op, n, k, {1: TileConfig(1, 4, 512, 1, 1), 37: TileConfig(32, 32, 64, 4, 3), 91: HOPPER_TILES[4]})
-    yield compare("sm90", "llama-3.1-8b", False, torch.bfloat16, 100, range(1, 101))
-    yield compare("sm80", "llama-3.1-8b", False, torch.bfloat16, 16, range(1000, 1001)) | {"beyond": True}
+def _use(tiles: dict[int, Tile], card: str, shapes: list[WeightShape]) -> None:
+    """Writes them to a file for each product, from which this process takes them."""
+    path = Path(tempfile.mkdtemp()) / "tiles.json"
+    for op, n, k, _ in shapes:
+        served = {most: tile for most, tile in tiles.items() if tile.serves(op)}
+        if op in OPERATORS:
+            write_tiles(path, card, {(op, n, k): served})
+    os.environ["ROWINT8_TILES"] = str(path)
+
+
+WITHIN = range(1, 3001)
+TILES = {1: TritonTile(1, 4, 512, 1, 1), 37: TritonTile(32, 32, 64, 4, 3), 91: HOPPER_TILES[4]}
+CASES = [
+    *((card, "llama-3.1-8b", False, torch.bfloat16, 3000, WITHIN, {}) for card in ("sm80", "sm86", "sm90", "sm120")),
+    ("sm90", "qwen2.5-0.5b", True, torch.float16, 3000, WITHIN, {}),
+    ("sm89", "qwen2.5-0.5b", True, torch.float32, 3000, WITHIN, {}),
+    ("sm90", "llama-3.1-70b-tp8", False, torch.bfloat16, 5, range(1, 6), {}),
+    ("sm90", "llama-3.1-8b", False, torch.bfloat16, 100, range(1, 101), TILES),
+]
+BEYOND = ("sm80", "llama-3.1-8b", False, torch.bfloat16, 16, range(1000, 1001), {})
 
 
 if __name__ == "__main__":
     install()
-    for case in cases():
-        print(json.dumps(case), flush=True)
+    with multiprocessing.get_context("fork").Pool(maxtasksperchild=1) as pool:  # a process for each: choices are kept
+        for case in pool.starmap(compare, [*CASES, BEYOND], chunksize=1):
+            print(json.dumps(case), flush=True)

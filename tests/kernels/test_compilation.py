@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from rowint8.kernels.tiles import pick as tiles
-from rowint8.kernels.tiles.hopper_cost import HOPPER_TILES
-from rowint8.kernels.tiles.pick import TileConfig, pick_hopper_tile, pick_tile
+from rowint8.kernels.tiles import pick
+from rowint8.kernels.tiles.card import Card
+from rowint8.kernels.tiles.pick import Product, pick_hopper_tile, pick_triton_tile
+from rowint8.kernels.tiles.types import HOPPER_TILES, TritonTile
 from tests.conftest import REPO
 from tests.kernels.compile_kernels import PRODUCTS, TOKENS
 from tests.kernels.fake_cards import CARDS
@@ -43,11 +44,11 @@ def reports(tmp_path_factory):
 @pytest.mark.parametrize("card", CARDS)
 def test_every_kernel_compiles_and_fits(reports, card):
     compiled = [report for report in reports if report["card"] == card]
-    expected = {"_linear_one_token", "_linear_many_tokens", "_swiglu_one_token", "_swiglu_many_tokens"}
-    expected |= {"_add_rms_norm", "few_tokens_kernel"}
+    products = {"one_token_kernel", "many_tokens_kernel", "few_tokens_kernel"}
     if card == "sm90":
-        expected |= {"hopper_kernel"}
-    assert {report["kernel"] for report in compiled} == expected
+        products |= {"hopper_kernel"}
+    expected = {(op, kernel) for op in ("linear", "swiglu") for kernel in products}
+    assert {(report["op"], report["kernel"]) for report in compiled} == expected | {("add_rms_norm", "_add_rms_norm")}
     for report in compiled:
         assert report["shared"] <= CARDS[card].shared_memory, report
         assert report["tensor_memory"] <= TENSOR_MEMORY, report
@@ -63,7 +64,7 @@ def test_no_kernel_spills(reports, card):
 
 
 def test_loops_over_k_have_their_addresses_at_hand(reports):
-    """Else the Hopper kernel takes up to 1.45 times as long: see `shared_tiles`."""
+    """Else the Hopper kernel takes up to 1.45 times as long: see `stream_k`."""
     multiplying = [report for report in reports if report["kernel"] == "hopper_kernel"]
     assert len(multiplying) > 20
     for report in multiplying:
@@ -81,16 +82,16 @@ def test_the_launches_take_every_shipped_tile():
     """On the card with the most shared memory, where no tile is cut."""
     card = CARDS["sm90"]
     shapes = [(op, m, n, k) for op, n, k in PRODUCTS for m in TOKENS]
-    assert {pick_tile(*shape, 2, card.shared_memory) for shape in shapes} >= set(tiles_within(vars(tiles)))
+    large = Card(card.shared_memory, card.processors)
+    taken = {pick_triton_tile(Product(*shape, itemsize=2, aligned=False), large) for shape in shapes}
+    assert taken >= set(tiles_within(vars(pick)))
     taken = {pick_hopper_tile(*shape, card.processors) for shape in shapes}
-    assert {(tile.block_m, tile.block_k, tile.across, tile.deep) for tile in taken if tile} == {
-        (tile.block_m, tile.block_k, tile.across, tile.deep) for tile in HOPPER_TILES
-    }
+    assert {tile.sizes for tile in taken if tile} == {tile.sizes for tile in HOPPER_TILES}
 
 
 def tiles_within(value):
     """The tiles in a module's tables."""
-    if isinstance(value, TileConfig):
+    if isinstance(value, TritonTile):
         yield value
     elif isinstance(value, (dict, tuple)):
         for each in value.values() if isinstance(value, dict) else value:

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from rowint8.kernels import ops, reference
-from rowint8.kernels.few_tokens_product import few_tokens_product
-from rowint8.kernels.gluon_products import aligned
-from rowint8.kernels.tiles.pick import FewTokensTile, pick_few_tokens_tile
+from rowint8.kernels.dispatch import aligned
+from rowint8.kernels.few_tokens import few_tokens_product
+from rowint8.kernels.tiles.pick import pick_few_tokens_tile
+from rowint8.kernels.tiles.types import FewTokensTile
 from tests.kernels.cases import absolute, case
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
@@ -78,7 +79,7 @@ def test_the_operators_take_it_where_they_can(assert_matches, k):
     ],
 )
 def test_it_is_taken_for_two_to_eight_tokens(m, n, tile):
-    assert pick_few_tokens_tile("linear", m, n, 4096) == tile
+    assert pick_few_tokens_tile(m, n) == tile
 
 
 def test_what_can_be_read_16_bytes_at_a_time():

@@ -12,15 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rowint8.kernels import ops, reference
-from rowint8.kernels.gluon_products import aligned, gluon_tile
+from rowint8.kernels.dispatch import aligned, choose
 from rowint8.kernels.hopper.launch import _flags, _flags_of_streams, hopper_product
-from rowint8.kernels.tiles.hopper_cost import HOPPER_TILES, HopperTile, hopper_candidates, hopper_schedule
-from rowint8.kernels.tiles.pick import hopper_processors, pick_hopper_tile
+from rowint8.kernels.tiles.card import card_of
+from rowint8.kernels.tiles.hopper_cost import hopper_candidates, hopper_schedule
+from rowint8.kernels.tiles.pick import pick_hopper_tile
+from rowint8.kernels.tiles.types import HOPPER_TILES, HopperTile, TritonTile
 from tests.kernels.cases import absolute, case
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 needs_hopper = pytest.mark.skipif(
-    not (torch.cuda.is_available() and hopper_processors(torch.device("cuda"))), reason="needs a Hopper GPU"
+    not (torch.cuda.is_available() and card_of(torch.device("cuda")).hopper_processors), reason="needs a Hopper GPU"
 )
 SHARED_MEMORY = 232_448
 SHAPES = [(16, 16), (336, 1040), (1296, 4112)]
@@ -54,7 +56,7 @@ def test_tiles_are_shared_after_whole_ones(assert_matches, tile):
     """Often, as programs hand over to each other: each time the same bits, and all flags are lowered again."""
     device = torch.device("cuda", torch.cuda.current_device())
     m = 300 * tile.rows // 1296 * tile.block_m + 3
-    assert hopper_schedule(tile, m, 1296, 4112, hopper_processors(device)).waves > 0
+    assert hopper_schedule(tile, m, 1296, 4112, card_of(device).hopper_processors).waves > 0
     for n, k, tokens in ((1296, 4112, m), (6144, 4096, tile.block_m), (64, 16384, 3)):
         x, weight, _ = case(tokens, n, k, torch.bfloat16)
         out = hopper_product(x, *weight, None, tile)
@@ -116,7 +118,7 @@ def test_every_int8_value_is_widened_exactly():
 @pytest.mark.parametrize(("op", "n", "k"), [("linear", 64, 1032), ("swiglu", 40, 1040)])
 def test_operands_that_tma_cannot_read_take_the_other_kernel(assert_matches, op, n, k):
     x, weight, _ = case(40, n, k, torch.bfloat16)
-    assert gluon_tile(op, x, weight.values) is None
+    assert isinstance(choose(op, x, weight.values), TritonTile)
     assert aligned(x, weight.values) == (op == "swiglu"), "half of the rows is not a multiple of 8"
     magnitude = reference.linear(*absolute(x, weight))
     if op == "swiglu":

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rowint8.kernels.hopper import stream_k as shared_tiles
+from rowint8.kernels.hopper import stream_k
 from rowint8.kernels.tiles.hopper_cost import hopper_candidates, hopper_schedule
 
 
@@ -28,10 +28,10 @@ def dealt(tiles: int, steps: int, programs: int, waves: int) -> tuple[dict, dict
     left, taken = defaultdict(list), {}
     with pytest.MonkeyPatch.context() as patch:
         for program in range(programs):
-            patch.setattr(shared_tiles, "gl", as_program(program, programs))
-            begin, end, total = shared_tiles.share.fn(tiles, waves, steps)
-            for turn in range(shared_tiles.turns.fn(tiles, waves, steps, begin, end, True)):
-                tile, first, last = shared_tiles.turn_steps.fn(turn, waves, steps, begin, end, True)
+            patch.setattr(stream_k, "gl", as_program(program, programs))
+            begin, end, total = stream_k.share.fn(tiles, waves, steps)
+            for turn in range(stream_k.turns.fn(tiles, waves, steps, begin, end, True)):
+                tile, first, last = stream_k.turn_steps.fn(turn, waves, steps, begin, end, True)
                 assert 0 <= first < last <= steps
                 for step in range(first, last):
                     multiplied[tile][step] += 1
@@ -39,7 +39,7 @@ def dealt(tiles: int, steps: int, programs: int, waves: int) -> tuple[dict, dict
                     assert turn == waves, "a program leaves sums of one tile at most, and first of all"
                     left[tile].append(programs - 1 - program)
                 else:
-                    taken[tile] = list(range(*shared_tiles.helpers.fn(tile, waves, steps, total)))
+                    taken[tile] = list(range(*stream_k.helpers.fn(tile, waves, steps, total)))
     return multiplied, left, taken
 
 

@@ -3,14 +3,19 @@
 import dataclasses
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rowint8.kernels import int8_linear, int8_swiglu
-from rowint8.kernels.tiles.pick import TileConfig, pick_tile
+from rowint8.kernels.tiles.card import Card
+from rowint8.kernels.tiles.pick import Product, pick_triton_tile
+from rowint8.kernels.tiles.types import TritonTile
+from rowint8.kernels.triton_matmul import grid
 
 SHARED_MEMORY = {"sm80": 166_912, "sm86": 101_376, "sm89": 101_376, "sm90": 232_448, "sm120": 101_376}
+
+
+def picked(card, op, m, n, k, itemsize=2):
+    return pick_triton_tile(Product(op, m, n, k, itemsize, aligned=False), Card(SHARED_MEMORY[card], 0))
 
 
 @given(
@@ -22,7 +27,7 @@ SHARED_MEMORY = {"sm80": 166_912, "sm86": 101_376, "sm89": 101_376, "sm90": 232_
     card=st.sampled_from(sorted(SHARED_MEMORY)),
 )
 def test_every_tile_fits_the_card(op, m, n, k, itemsize, card):
-    tile = pick_tile(op, m, n, k, itemsize, SHARED_MEMORY[card])
+    tile = picked(card, op, m, n, k, itemsize)
     assert (tile.block_m == 1) == (m == 1)
     for size in (tile.block_m, tile.block_n, tile.block_k, tile.num_warps):
         assert size & (size - 1) == 0, f"{size} is not a power of two"
@@ -32,26 +37,21 @@ def test_every_tile_fits_the_card(op, m, n, k, itemsize, card):
 
 
 def test_a_smaller_card_gets_a_shorter_pipeline_of_the_same_tile():
-    large = pick_tile("linear", 4096, 4096, 4096, 2, SHARED_MEMORY["sm90"])
-    small = pick_tile("linear", 4096, 4096, 4096, 2, SHARED_MEMORY["sm86"])
+    large = picked("sm90", "linear", 4096, 4096, 4096)
+    small = picked("sm86", "linear", 4096, 4096, 4096)
     assert small == dataclasses.replace(large, num_stages=2)
 
 
 def test_tiles_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        TileConfig(16, 32, 64, 4, 3).block_m = 3
+        TritonTile(16, 32, 64, 4, 3).block_m = 3
 
 
 @pytest.mark.parametrize("m", [1, 16, 5000])
-@pytest.mark.parametrize("module", [int8_linear, int8_swiglu])
-def test_the_largest_vocabulary_fits_a_grid(monkeypatch, module, m):
+@pytest.mark.parametrize("op", ["linear", "swiglu"])
+def test_the_largest_vocabulary_fits_a_grid(op, m):
     """Of a grid only the first axis takes more than 65535 blocks."""
-    grids = []
-    monkeypatch.setattr(module, "launch", lambda kernel, variant, grid, *rest: grids.append(grid))
-    monkeypatch.setattr(module, "shared_memory_limit", lambda device: SHARED_MEMORY["sm90"])
-    monkeypatch.setattr(module, "product_constants", lambda *given, **first: ({}, {}))
-    product = module.int8_linear if module is int8_linear else module.int8_swiglu
-    values, scale = torch.empty(256_000, 16, dtype=torch.int8), torch.empty(256_000, dtype=torch.float16)
-    product(torch.empty(m, 16, dtype=torch.bfloat16), values, scale)
-    assert max(grids[0][1:]) <= 65_535
-    assert grids[0][0] * grids[0][1] >= 256_000 // 256
+    fused = op == "swiglu"
+    across, *others = grid(picked("sm90", op, m, 256_000, 16), m, 256_000 // (1 + fused), fused)
+    assert max(others) <= 65_535
+    assert across * others[0] >= 256_000 // 256

@@ -10,10 +10,9 @@ import torch
 from triton import knobs
 
 from rowint8.kernels import reference
-from rowint8.kernels.int8_linear import int8_linear
-from rowint8.kernels.int8_swiglu import int8_swiglu
+from rowint8.kernels.dispatch import run
 from rowint8.kernels.quantize import quantize_rowwise
-from rowint8.kernels.tiles.pick import TileConfig
+from rowint8.kernels.tiles.types import TritonTile
 from tests.kernels.cases import absolute, case
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -27,8 +26,8 @@ pytestmark = [
     pytest.mark.usefixtures("poison_empty"),
 ]
 
-ONE_TOKEN = TileConfig(block_m=1, block_n=16, block_k=64, num_warps=2, num_stages=2)
-DOT = TileConfig(block_m=16, block_n=32, block_k=64, num_warps=4, num_stages=2, group=2)
+ONE_TOKEN = TritonTile(block_m=1, block_n=16, block_k=64, num_warps=2, num_stages=2)
+DOT = TritonTile(block_m=16, block_n=32, block_k=64, num_warps=4, num_stages=2, group=2)
 SHAPES = [(2, 1), (34, 64), (70, 131)]
 TILE_AND_TOKENS = pytest.mark.parametrize(
     ("tile", "m"),
@@ -37,25 +36,18 @@ TILE_AND_TOKENS = pytest.mark.parametrize(
 )
 
 
-def use(tile, monkeypatch):
-    """Runs everything with one tile of the kernels in Triton; those in Gluon have tests of their own."""
-    for module in ("rowint8.kernels.int8_linear", "rowint8.kernels.int8_swiglu"):
-        monkeypatch.setattr(f"{module}.pick_tile", lambda *shape: tile)
-        monkeypatch.setattr(f"{module}.gluon_tile", lambda *operands: None)
-
-
 @pytest.fixture
 def check(assert_matches):
-    """Runs both kernels or one of them on a case and compares."""
+    """Runs an operator on a case, with a tile or with the one that is chosen, and compares."""
 
-    def linear(x, weight, bias=None):
-        out = int8_linear(x, *weight, bias)
+    def linear(x, weight, bias=None, tile=None):
+        out = run("linear", x, *weight, bias, tile)
         assert out.dtype == x.dtype
         exact, magnitude = reference.linear(x, weight, bias), reference.linear(*absolute(x, weight, bias))
         assert_matches(out, exact, magnitude, half_ulp=HALF_ULP.get(x.dtype))
 
-    def swiglu(x, weight):
-        out = int8_swiglu(x, *weight)
+    def swiglu(x, weight, tile=None):
+        out = run("swiglu", x, *weight, tile=tile)
         assert out.dtype == x.dtype
         gates, ups = reference.linear(*absolute(x, weight)).chunk(2, dim=-1)
         assert_matches(out, reference.swiglu(x, weight), gates * ups, half_ulp=HALF_ULP.get(x.dtype))
@@ -65,12 +57,11 @@ def check(assert_matches):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tile", [ONE_TOKEN, DOT], ids=lambda tile: tile.block_m)
-def test_every_int8_value_is_widened_exactly(device, tile, dtype, monkeypatch):
+def test_every_int8_value_is_widened_exactly(device, tile, dtype):
     """In each of the four bytes that are widened together."""
-    use(tile, monkeypatch)
     values = torch.arange(-128, 128, dtype=torch.int8, device=device)[:, None].repeat(1, 64)
     x = torch.eye(64, dtype=dtype, device=device)[20:24]
-    out = int8_linear(x, values, torch.ones(256, dtype=torch.float16, device=device))
+    out = run("linear", x, values, torch.ones(256, dtype=torch.float16, device=device), tile=tile)
     assert torch.equal(out, values[:, 20:24].T.to(dtype))
 
 
@@ -78,19 +69,17 @@ def test_every_int8_value_is_widened_exactly(device, tile, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bias", [False, True])
-def test_linear(check, monkeypatch, device, tile, dtype, shape, m, bias):
-    use(tile, monkeypatch)
+def test_linear(check, device, tile, dtype, shape, m, bias):
     x, weight, b = case(m, *shape, dtype, device, bias)
-    check.linear(x, weight, b)
+    check.linear(x, weight, b, tile)
 
 
 @TILE_AND_TOKENS
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_swiglu(check, monkeypatch, device, tile, dtype, shape, m):
-    use(tile, monkeypatch)
+def test_swiglu(check, device, tile, dtype, shape, m):
     x, weight, _ = case(m, *shape, dtype, device)
-    check.swiglu(x, weight)
+    check.swiglu(x, weight, tile)
 
 
 @pytest.mark.parametrize("m", [1, 3, 20])
@@ -104,21 +93,20 @@ def test_extreme_gates(check, device):
     """silu saturates to 0 and to the identity without NaN, also where exp overflows."""
     weight = quantize_rowwise(torch.tensor([[100.0], [1.0]], device=device))
     x = torch.tensor([[-1e4], [-1.0], [0.0], [1.0], [1e4]], device=device)
-    assert torch.isfinite(int8_swiglu(x, *weight)).all()
+    assert torch.isfinite(run("swiglu", x, *weight)).all()
     check.swiglu(x, weight)
 
 
 def test_same_input_gives_the_same_bits(device):
     x, weight, _ = case(20, 96, 520, torch.bfloat16, device)
-    assert torch.equal(int8_linear(x, *weight), int8_linear(x, *weight))
-    assert torch.equal(int8_swiglu(x, *weight), int8_swiglu(x, *weight))
+    for op in ("linear", "swiglu"):
+        assert torch.equal(run(op, x, *weight), run(op, x, *weight))
 
 
-def test_a_row_does_not_depend_on_the_others(device, monkeypatch):
-    use(DOT, monkeypatch)
+def test_a_row_does_not_depend_on_the_others(device):
     x, weight, _ = case(40, 96, 520, torch.bfloat16, device)
-    assert torch.equal(int8_linear(x, *weight)[7:8], int8_linear(x[7:8], *weight))
-    assert torch.equal(int8_swiglu(x, *weight)[7:8], int8_swiglu(x[7:8], *weight))
+    for op in ("linear", "swiglu"):
+        assert torch.equal(run(op, x, *weight, tile=DOT)[7:8], run(op, x[7:8], *weight, tile=DOT))
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(0, 8, 16), (3, 0, 16), (3, 8, 0)])
@@ -126,8 +114,8 @@ def test_empty(device, m, n, k):
     weight = quantize_rowwise(torch.randn(n, k, device=device))
     x = torch.randn(m, k, device=device)
     bias = torch.randn(n, device=device)
-    assert torch.equal(int8_linear(x, *weight, bias), bias.expand(m, n))
-    assert torch.equal(int8_swiglu(x, *weight), torch.zeros(m, n // 2, device=device))
+    assert torch.equal(run("linear", x, *weight, bias), bias.expand(m, n))
+    assert torch.equal(run("swiglu", x, *weight), torch.zeros(m, n // 2, device=device))
 
 
 @pytest.mark.gpu

@@ -29,6 +29,7 @@ import json
 import os
 import sys
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from unittest.mock import patch
@@ -166,9 +167,9 @@ class _Counted:
 
 def _use_triton() -> _Counted:
     """`rowint8::linear` through its Triton launcher (needs TRITON_INTERPRET=1)."""
-    from rowint8.kernels.int8_linear import int8_linear
+    from rowint8.kernels.dispatch import run
 
-    return _Counted("linear", int8_linear)
+    return _Counted("linear", partial(run, "linear"))
 
 
 @contextmanager

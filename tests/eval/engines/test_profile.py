@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from rowint8.baseline_engine.model_config import ModelConfig
 from rowint8.eval.cli.app import app
 from rowint8.eval.engines import profile as job
-from rowint8.eval.engines.parts import PARTS, Interval, Work, device_work, kernel_part, longest, operator_work, part_ms
+from rowint8.eval.engines.parts import Interval, Work, device_work, kernel_part, longest, operator_work, part_ms
 from rowint8.eval.engines.profile_worker import _kernels
 from rowint8.eval.engines.setups import write_shape
 from rowint8.eval.errors import EvalError
@@ -18,15 +18,13 @@ from rowint8.eval.report.checks import check_all
 from rowint8.eval.report.profile import console_tables, profile_section
 from rowint8.eval.results.environment import describe_environment
 from rowint8.eval.results.files import Results, read_results
-from rowint8.eval.results.schema import ProfileRow
-from rowint8.kernels import add_rms_norm, few_tokens, int8_linear, int8_swiglu
+from rowint8.eval.results.schema import PARTS, ProfileRow
+from rowint8.kernels import add_rms_norm, few_tokens, triton_matmul
 from rowint8.kernels.hopper import kernel as hopper
 
 KERNELS = {
-    int8_linear._linear_one_token.__name__: "matmul",
-    int8_linear._linear_many_tokens.__name__: "matmul",
-    int8_swiglu._swiglu_one_token.__name__: "matmul",
-    int8_swiglu._swiglu_many_tokens.__name__: "matmul",
+    triton_matmul.one_token_kernel.__name__: "matmul",
+    triton_matmul.many_tokens_kernel.__name__: "matmul",
     hopper.hopper_kernel.__name__: "matmul",
     few_tokens.few_tokens_kernel.__name__: "matmul",
     add_rms_norm._add_rms_norm.__name__: "norm",
@@ -174,7 +172,7 @@ def test_tables_say_shares_and_a_number_for_each_suspect(row):
     assert suspects[6:] == ["0.250", "0.875", "3.000", "0.062", "4.500", "25.0%", "12.5%"]
     theirs = [line for line in lines if line[0] == "vLLM bf16"]
     assert theirs[1][3:10] == ["-"] * 7
-    assert [len(table.columns) for table in console_tables([row] * 5)] == [5, 2]
+    assert [len(table.columns) for table in console_tables([row] * 5)] == [5, 5, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -202,7 +200,7 @@ def test_the_command_on_a_tiny_model(tmp_path):
     options += ["--prompt-tokens", "20", "--steps", "4", "--json", str(file)]
     result = CliRunner().invoke(app, ["profile", *options])
     assert result.exit_code == 0, result.output
-    rows = read_results(file, ProfileRow).rows
+    rows = read_results(file).rows
     assert [(row.batch, row.sampling) for row in rows] == [
         (batch, sampling) for batch in (1, 3) for sampling in ("greedy", "top-p")
     ]

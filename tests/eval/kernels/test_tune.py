@@ -17,34 +17,24 @@ from rowint8.eval.kernels import tune
 from rowint8.eval.kernels.shapes import Shape
 from rowint8.eval.kernels.tune_candidates import candidates
 from rowint8.eval.results.files import read_results
-from rowint8.kernels.tiles import user as tuned
-from rowint8.kernels.tiles.hopper_cost import HopperTile
-from rowint8.kernels.tiles.pick import FewTokensTile, TileConfig, pick_few_tokens_tile, pick_hopper_tile, pick_tile
-from rowint8.kernels.tiles.user import read_tiles, tuned_tile, write_tiles
+from rowint8.kernels import dispatch
+from rowint8.kernels.tiles.types import FewTokensTile, HopperTile, TritonTile
+from rowint8.kernels.tiles.user import read_tiles, write_tiles
 
 CPU = torch.device("cpu")
 SHAPE = Shape("small", 64, 32, ("linear", "swiglu"))
-TRIED = [TileConfig(16, 16, 64, warps, 3) for warps in (1, 2, 4, 8)]
+TRIED = [TritonTile(16, 16, 64, warps, 3) for warps in (1, 2, 4, 8)]
 SHARED_MEMORY = {"sm80": 166_912, "sm86": 101_376, "sm90": 232_448}
 
 
-@pytest.fixture(autouse=True)
-def no_tiles_remain(monkeypatch):
-    monkeypatch.setattr(tuned, "_used_instead", {})
-    yield
-    pick_tile.cache_clear()
-    pick_hopper_tile.cache_clear()
-    pick_few_tokens_tile.cache_clear()
-
-
 class Timer:
-    """Says the next of the times that were made up for the tile in use, the last one from then on."""
+    """Says the next of the times that were made up for the tile of the calls, the last one from then on."""
 
-    def __init__(self, op, m, times):
-        self.op, self.m, self.times, self.calls = op, m, {tile: list(us) for tile, us in times.items()}, []
+    def __init__(self, times):
+        self.times, self.calls = {tile: list(us) for tile, us in times.items()}, []
 
     def __call__(self, calls):
-        tile = tuned_tile(self.op, self.m, SHAPE.n, SHAPE.k)
+        [tile] = {call.keywords["tile"] for call in calls}
         self.calls.append(tile)
         times = self.times.get(tile, [100.0])
         us = times.pop(0) if len(times) > 1 else times[0]
@@ -55,7 +45,7 @@ class Timer:
 
 
 def choose(times, op="linear", m=4, tiles=TRIED):
-    timer = Timer(op, m, times)
+    timer = Timer(times)
     [choice] = tune.choose_tiles([tune.Job(op, SHAPE, m, tiles)], 60, CPU, timer)
     return choice, timer
 
@@ -88,12 +78,12 @@ def test_who_fails_is_left_out():
 
 
 def test_who_computes_something_else_is_left_out(monkeypatch):
-    exact = tune._OPS["linear"]
+    exact = dispatch.run
 
-    def wrong(x, *weight):
-        return exact(x, *weight) * (1.5 if tuned_tile("linear", 4, SHAPE.n, SHAPE.k) == TRIED[0] else 1)
+    def wrong(*given, tile):
+        return exact(*given, tile=tile) * (1.5 if tile == TRIED[0] else 1)
 
-    monkeypatch.setitem(tune._OPS, "linear", wrong)
+    monkeypatch.setattr(dispatch, "run", wrong)
     choice, _ = choose({TRIED[0]: [10], TRIED[1]: [50]})
     assert choice.tile == TRIED[1]
     assert choice.failed == 1
@@ -103,7 +93,7 @@ def test_a_card_that_does_not_run_the_shipped_tile():
     def fail(calls):
         raise RuntimeError("no kernel image")
 
-    with pytest.raises(EvalError, match=r"TileConfig.* does not run on this card \(linear 64x32 with 4 tokens\)"):
+    with pytest.raises(EvalError, match=r"TritonTile.* does not run on this card \(linear 64x32 with 4 tokens\)"):
         next(tune.choose_tiles([tune.Job("linear", SHAPE, 4, TRIED)], 60, CPU, fail))
 
 
@@ -206,9 +196,7 @@ def card(monkeypatch):
     monkeypatch.setattr(tune, "compile_ahead", lambda wanted, seconds, advance: [advance() for _ in wanted])
 
     def faked(jobs, seconds, device):
-        yield from tune_on_cpu(
-            [job for job in jobs if seconds > 30 or job.m == 1], 60, CPU, Timer("linear", 4, {TRIED[1]: [50]})
-        )
+        yield from tune_on_cpu([job for job in jobs if seconds > 30 or job.m == 1], 60, CPU, Timer({TRIED[1]: [50]}))
 
     tune_on_cpu = tune.choose_tiles
     monkeypatch.setattr(tune, "choose_tiles", faked)
