@@ -1,20 +1,17 @@
-"""Measures what results/ holds of a GPU, one file after another: `python scripts/measure.py vllm serve` (default: all).
+"""What is measured for a release: every file of results/ that a GPU makes, and the command `rowint8 matrix`."""
 
-A log of each measurement is in the folder `logs` beside its file. One that fails or takes too long does not stop the
-next, and keeps what it has measured. The last line says what failed. CUDA_VISIBLE_DEVICES chooses the GPU.
-"""
-
-import argparse
+import os
 import shlex
 import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Annotated, Optional
 
-from rowint8.eval.processes import stop
+import typer
 
-START = "from rowint8.eval.cli.app import main; main()"
-"""Runs `rowint8` wherever its script may be."""
+from rowint8.eval.errors import EvalError
+from rowint8.eval.processes import console_script, running
+
 STOP_TIMEOUT = 20.0
 """Seconds that a measurement has to end its engines, before it is killed with them."""
 TP2 = "-tp2"
@@ -42,55 +39,66 @@ MEASUREMENTS = {
 quality the option --data where there is no network."""
 
 
+def matrix(
+    names: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[NAME]...", help=f"Of {', '.join(MEASUREMENTS)}. Default: all."),
+    ] = None,
+    results: Annotated[Path, typer.Option(help="Folder for the files, and for a log of each.")] = Path("results"),
+    data: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder with the test sets of the quality tasks. Default: from the hub."),
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for each measurement.")] = 3600,
+) -> None:
+    """Measure what results/ holds of a GPU, one file after another; CUDA_VISIBLE_DEVICES chooses the GPU.
+
+    A measurement that fails or takes too long keeps its rows so far and does not stop the next.
+
+    Example: rowint8 matrix vllm serve
+    """
+    chosen = names or list(MEASUREMENTS)
+    if unknown := [name for name in chosen if name not in MEASUREMENTS]:
+        raise EvalError(f"{', '.join(unknown)} is no measurement; accepted are {', '.join(MEASUREMENTS)}")
+    kind = card()
+    more = {"quality": ["--data", str(data)]} if data else {}
+    files = {name: result_file(results, name, kind) for name in chosen}
+    if failed := [name for name, file in files.items() if not measure(name, file, more.get(name, []), timeout)]:
+        raise EvalError(f"failed: {', '.join(failed)}")
+
+
 def result_file(results: Path, name: str, card: str) -> Path:
     """Such as results/vllm-h100.json, on two GPUs results/vllm-h100x2.json."""
     return results / f"{name.removesuffix(TP2)}-{card}{'x2' if name.endswith(TP2) else ''}.json"
 
 
 def measure(name: str, file: Path, more: list[str], timeout: float) -> bool:
-    """Runs one measurement; whether it succeeded."""
+    """Runs one measurement, with a log in the folder logs beside its file; whether it succeeded."""
     log = file.parent / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-c", START, *shlex.split(MEASUREMENTS[name]), *more, "--json", str(file)]
+    command = [console_script("rowint8"), *shlex.split(MEASUREMENTS[name]), *more, "--json", str(file)]
     began = time.monotonic()
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    with (
+        log.open("w") as out,
+        running(command, os.environ, STOP_TIMEOUT, stdout=out, stderr=subprocess.STDOUT) as process,
+    ):
         try:
             code = process.wait(timeout)
         except subprocess.TimeoutExpired:
             code = None
-        finally:
-            stop(process, STOP_TIMEOUT)
     said = {0: "done", None: "took too long"}.get(code, f"failed with exit status {code}")
     print(f"{name}: {said} after {time.monotonic() - began:.0f} s, log in {log}", flush=True)
     return code == 0
 
 
 def card() -> str:
-    """Of the first GPU, as in the names of result files: "h100"."""
+    """The first GPU's name as in the names of result files, such as "h100".
+
+    Raises:
+        EvalError: there is no GPU.
+    """
     import torch
 
     if not torch.cuda.is_available():
-        sys.exit("measure: torch finds no CUDA GPU here, and these measurements are of one")
+        raise EvalError("torch finds no CUDA GPU here, and these measurements are of one")
     return torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0].lower()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(MEASUREMENTS), help=f"of {', '.join(MEASUREMENTS)}")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder for the files")
-    parser.add_argument("--data", help="folder with the test sets of the quality tasks; default: from the hub")
-    parser.add_argument("--timeout", type=float, default=3600, help="seconds for each measurement")
-    asked = parser.parse_args()
-    if unknown := [name for name in asked.names if name not in MEASUREMENTS]:
-        parser.error(f"{', '.join(unknown)} is no measurement; accepted are {', '.join(MEASUREMENTS)}")
-    kind = card()
-    more = {"quality": ["--data", asked.data]} if asked.data else {}
-    files = {name: result_file(asked.results, name, kind) for name in asked.names}
-    failed = [name for name, file in files.items() if not measure(name, file, more.get(name, []), asked.timeout)]
-    if failed:
-        sys.exit(f"measure: failed: {', '.join(failed)}")
-
-
-if __name__ == "__main__":
-    main()
