@@ -1,15 +1,8 @@
 """What the commands show besides their results."""
 
 import psutil
-from rich import box
-from rich.table import Table
 
 BUSY_PERCENT = 20.0
-
-
-def compact_table(title: str, caption: str) -> Table:
-    """An empty table in the common style, narrow enough for 80 columns."""
-    return Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=0)
 
 
 def busy_warning(seconds: float = 1.0) -> str | None:

@@ -12,13 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
-from rowint8.baseline_engine.metrics import speedup
-from rowint8.eval.console import compact_table
 from rowint8.eval.engines.server import vllm_server
 from rowint8.eval.processes import console_script, run_quietly
 from rowint8.eval.results.schema import GIB, GenerationRow
+from rowint8.eval.tables import Table
 
 PROMPT = "Explain in a few sentences why the sky is blue."
 MAX_TOKENS = 32
@@ -97,30 +94,18 @@ def texts_by_setup(runs: Sequence[SetupRun]) -> dict[str, list[str]]:
 def generation_table(rows: Sequence[GenerationRow]) -> Table:
     """The rows as a table. Speedup is in wall time per output token, over the first row."""
     first = rows[0]
-    table = compact_table(
+    return Table(
+        ["setup", "TTFT ms", "ITL ms", "TPOT ms", "tok/s", "peak MiB", "weight bytes", "speedup"],
+        [_cells(row, first) for row in rows],
         title=f"baseline-generate: {first.prompt_tokens} prompt tokens, up to {MAX_TOKENS} output tokens",
-        caption=f"speedup: over {first.setup}, wall time per output token",
+        note=f"speedup: over {first.setup}, wall time per output token",
     )
-    table.add_column("setup")
-    headings = ("TTFT ms", "ITL ms", "TPOT ms", "tok/s", "peak MiB", "weight bytes", "speedup")
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(
-            row.setup,
-            f"{row.ttft_ms:.1f}",
-            _or_dash(row.itl_ms),
-            _or_dash(row.tpot_ms),
-            f"{row.tok_s:.1f}",
-            f"{row.peak_mem_gib * 1024:.0f}",
-            f"{round(row.weights_gib * GIB):,}",
-            f"{speedup(1 / first.tok_s, 1 / row.tok_s):.2f}x",
-        )
-    return table
 
 
-def _or_dash(milliseconds: float | None) -> str:
-    return "-" if milliseconds is None else f"{milliseconds:.1f}"
+def _cells(row: GenerationRow, first: GenerationRow) -> list[str]:
+    gaps = ["-" if gap is None else f"{gap:.1f}" for gap in (row.itl_ms, row.tpot_ms)]
+    memory = [f"{row.peak_mem_gib * 1024:.0f}", f"{round(row.weights_gib * GIB):,}"]
+    return [row.setup, f"{row.ttft_ms:.1f}", *gaps, f"{row.tok_s:.1f}", *memory, f"{row.tok_s / first.tok_s:.2f}x"]
 
 
 def serve_options() -> list[str]:

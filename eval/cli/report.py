@@ -5,12 +5,11 @@ from typing import Annotated
 
 import typer
 
-from rowint8.eval.cli.output import err
-from rowint8.eval.errors import EvalError
+from rowint8.eval.cli.output import say
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="Of result files.")] = Path("results"),
+    folder: Annotated[Path, typer.Argument(help="Folder of result files.")] = Path("results"),
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Also draw the plots, as SVG.")] = True,
 ) -> None:
     """Write REPORT.md and plots from result files, and the generated parts of the documents beside them.
@@ -21,6 +20,7 @@ def report(
     """
     from rowint8.eval.plots import pictures
     from rowint8.eval.report import document as job
+    from rowint8.eval.writing import write_file
 
     found = job.read_folder(folder)
     texts = job.documents(folder, found)
@@ -28,8 +28,5 @@ def report(
     for path, draw in drawn.items():
         draw(path)
     for path, text in texts.items():
-        try:
-            path.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise EvalError(f"cannot write {path}: {error.strerror}") from None
-    err.print(f"wrote {', '.join(str(path) for path in (*texts, *drawn))}", highlight=False, soft_wrap=True)
+        write_file(path, text)
+    say(f"wrote {', '.join(map(str, (*texts, *drawn)))}")

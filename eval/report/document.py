@@ -15,7 +15,7 @@ from rowint8.eval.report.checks import check_all, read_ceilings
 from rowint8.eval.report.engine import engine_part
 from rowint8.eval.report.kernels import compiler_table, kernel_section, limits, short_table, tallies
 from rowint8.eval.report.memory import memory_section
-from rowint8.eval.report.profile import parts_table, profile_section
+from rowint8.eval.report.profile import parts_part, profile_section
 from rowint8.eval.report.quality import agreement_cells, fidelity_line, fidelity_table, quality_summary, quality_table
 from rowint8.eval.report.serve import COLUMNS, serve_table
 from rowint8.eval.report.vllm import vllm_part
@@ -90,7 +90,7 @@ def parts(found: Found) -> dict[str, str]:
         "vllm-h100": vllm_part(found.get("vllm-h100")),
         "vllm-tp2": "\n".join(vllm_part(found.get(f"vllm-{cards}")) for cards in ("h100x2", "h200x2")),
         "fidelity": fidelity_line(found.get("fidelity-smollm2")),
-        "profile": parts_table(profile.rows) if (profile := found.get("profile-h100")) else TBD,
+        "profile": parts_part(profile.rows) if (profile := found.get("profile-h100")) else TBD,
         "engine": engine_part(found.get("engine-h200")),
         "engine-cpu": engine_part(found.get("engine-cpu")),
     }

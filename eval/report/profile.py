@@ -2,26 +2,35 @@
 
 from collections.abc import Sequence
 
-from rich.table import Table
-
-from rowint8.eval import markdown
-from rowint8.eval.console import compact_table
+from rowint8.eval.markdown import folded
 from rowint8.eval.results.schema import PARTS, ProfileRow
+from rowint8.eval.tables import Table
 
-_COLUMNS = 4
+_ROWS = 4
+"""Rows beside one another on the console."""
 _CASE = ["setup", "batch", "context"]
-_PARTS = [*_CASE, "step ms", *PARTS, "launches"]
 _SUSPECTS = [*_CASE, "matmul / weights", "attention / KV", "step / limit", "scheduler", "host", "wait", "detokenizing"]
 _SUSPECTS += ["served", "padding", "KV waste"]
-PARTS_NOTE = (
+_PARTS_NOTE = (
     "parts: ms a step; gaps: nothing ran (on the CPU: Python; there the profiler slows operators down, and the parts "
     "add up to the profiled step). launches: kernels, on the CPU operators"
 )
-SUSPECTS_NOTE = (
+_SUSPECTS_NOTE = (
     "x / y: time over the least time to read y once (limit: both). scheduler, host (with launching and recording), "
     "wait (for the device) and detokenizing (a part of host): ms a step on the host; served: a step's ms where "
     "each request is a coroutine; padding: rows of the CUDA graph, KV waste: slots of the blocks, that nobody uses"
 )
+
+
+def parts_table(rows: Sequence[ProfileRow]) -> Table:
+    """The parts of each row's step."""
+    headings = [*_CASE, "step ms", *PARTS, "launches"]
+    return Table(headings, [_parts(row) for row in rows], title="a decode step", note=_PARTS_NOTE)
+
+
+def suspects_table(rows: Sequence[ProfileRow]) -> Table:
+    """What may hold each row's step up."""
+    return Table(_SUSPECTS, [_suspects(row) for row in rows], title="what may hold it up", note=_SUSPECTS_NOTE)
 
 
 def _case(row: ProfileRow) -> list[str]:
@@ -50,32 +59,26 @@ def _suspects(row: ProfileRow) -> list[str]:
 
 
 def console_tables(rows: Sequence[ProfileRow]) -> list[Table]:
-    """Parts and suspects below one another, a column a row of the file, few enough in a table for 80 columns."""
-    tables = []
-    for start in range(0, len(rows), _COLUMNS):
-        some = rows[start : start + _COLUMNS]
-        table = compact_table("a decode step", f"{PARTS_NOTE}; {SUSPECTS_NOTE}")
-        table.add_column("batch x context")
-        for row in some:
-            name, batch, context = _case(row)
-            table.add_column(f"{name}\n{batch} x {context}", justify="right")
-        for heading, cells in ((_PARTS, _parts), (_SUSPECTS, _suspects)):
-            for name, *values in list(zip(heading, *map(cells, some), strict=True))[len(_CASE) :]:
-                if set(values) != {"-"}:
-                    table.add_row(name, *values)
-            table.add_section()
-        tables.append(table)
-    return tables
+    """Parts and suspects, with a column a row of the file, few enough in a table for 80 columns."""
+    some = [rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS)]
+    return [_turned(table(part)) for part in some for table in (parts_table, suspects_table)]
 
 
-def parts_table(rows: Sequence[ProfileRow]) -> str:
-    """The parts of each row's step in Markdown, with what the columns mean."""
-    return f"{markdown.table(_PARTS, map(_parts, rows))}\n{PARTS_NOTE}.\n"
+def _turned(table: Table) -> Table:
+    """The table with a column for each of its lines; what no line has a number for is left out."""
+    cases = [f"{setup}\n{batch} x {context}" for setup, batch, context, *_ in table.lines]
+    lines = [[heading, *cells] for heading, *cells in zip(table.columns, *table.lines, strict=True)][len(_CASE) :]
+    told = [line for line in lines if set(line[1:]) != {"-"}]
+    return Table(["batch x context", *cases], told, table.title, table.note)
+
+
+def parts_part(rows: Sequence[ProfileRow]) -> str:
+    """The parts in Markdown, with what the columns mean."""
+    return f"{parts_table(rows).markdown()}\n{_PARTS_NOTE}.\n"
 
 
 def profile_section(rows: Sequence[ProfileRow]) -> str:
     """Parts and suspects in Markdown, with the longest kernels of each row behind a click."""
-    suspects = markdown.table(_SUSPECTS, map(_suspects, rows))
     lines = [[*_case(row), f"`{name}`", f"{ms:.3f}"] for row in rows for name, ms in row.longest_ms.items()]
-    longest = markdown.folded("Longest kernels", markdown.table([*_CASE, "kernel", "ms a step"], lines))
-    return f"{parts_table(rows)}\n{suspects}\n{SUSPECTS_NOTE}.\n\n{longest}"
+    longest = folded("Longest kernels", Table([*_CASE, "kernel", "ms a step"], lines).markdown())
+    return f"{parts_part(rows)}\n{suspects_table(rows).markdown()}\n{_SUSPECTS_NOTE}.\n\n{longest}"
