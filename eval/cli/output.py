@@ -1,12 +1,13 @@
 """Where the commands of `rowint8` write: results to stdout, the rest to stderr, and a result file where asked."""
 
+import io
 import os
 import shlex
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
 
 import typer
 from rich.console import Console, RenderableType
@@ -30,6 +31,37 @@ def say(line: str) -> None:
     err.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def answer(line: str) -> None:
+    """A line of results, as it is."""
+    out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def ready_streams() -> None:
+    """Lets every later line be written: what is closed goes nowhere, and what an encoding lacks is written as escapes.
+
+    A closed descriptor would be taken by the next file that is opened, and what a library prints would end up there.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def fail(reason: str) -> NoReturn:
+    """Ends the program with one line and exit status 1."""
+    say(f"rowint8: {reason}")
+    try:
+        sys.stdout.flush()
+    except OSError:  # a full disk: Python would try once more, and end with a traceback
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(1)
+
+
 def warn_if_busy() -> None:
     """Says so where other programs keep this machine busy, which takes a second to see: timings would suffer."""
     from rowint8.eval.console import busy_warning
@@ -42,7 +74,7 @@ def write(path: Path | None, rows, ceilings=None) -> None:
     """Writes a result file and says so; nothing without a path."""
     if path is not None:
         save(path, rows, ceilings)
-        err.print(f"wrote {path}", highlight=False)
+        say(f"wrote {path}")
 
 
 def save(path: Path, rows, ceilings=None, after: str = "") -> None:
@@ -55,6 +87,7 @@ def save(path: Path, rows, ceilings=None, after: str = "") -> None:
     from rowint8.eval.results.files import Results, write_results
 
     command = shlex.join(["rowint8", *(_without_place(part, path) for part in sys.argv[1:])])
+    command = command.encode(errors="backslashreplace").decode()  # an argument may be no UTF-8
     command = f"{after} && {command}" if after else command
     results = Results(environment=describe_environment(), command=command, rows=tuple(rows), ceilings=ceilings)
     write_results(path, results)
@@ -124,7 +157,7 @@ class Kept:
     def close(self) -> None:
         """Says where the rows are."""
         if self.path is not None and self.rows:
-            err.print(f"wrote {self.path}", highlight=False)
+            say(f"wrote {self.path}")
 
     def finish(self, failed: Sequence[str], *tables: Callable[[Sequence], RenderableType]) -> None:
         """Prints the rows in these forms and closes.

@@ -5,36 +5,59 @@ from typing import Annotated, Optional
 
 import typer
 
-from rowint8.eval.cli.output import Json, Kept, err, out, write
+from rowint8.baseline_engine.progress import progress_bar
+from rowint8.eval.cli.output import Json, Kept, answer, err, out, write
+from rowint8.eval.cli.quantize import TrustRemoteCode
 from rowint8.eval.demo_model import DEFAULT_FOLDER
 from rowint8.eval.errors import EvalError
 
+Model = Annotated[Path, typer.Option(help="A model folder.")]
 Dtype = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(help="Of the arithmetic: bfloat16, float16 or float32. Default: bfloat16 on a GPU, else float32."),
 ]
+Backends = Annotated[
+    str, typer.Option(help="What runs the model, with commas between; the others are compared with the first.")
+]
+Tasks = Annotated[
+    str, typer.Option(help="lm-eval's names, with commas between. rowint8_basics, of this project, needs no data.")
+]
+Data = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="A folder with the tasks' test sets as JSON lines. Without it they come from the hub."),
+]
+Limit = Annotated[Optional[int], typer.Option(min=2, help="Only this many questions of each task.")]  # noqa: UP045
+MaxLength = Annotated[int, typer.Option(min=16, help="Tokens the model sees at a time.")]
+Output = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="Keep lm-eval's own JSON and samples in this folder, one subfolder a backend."),
+]
+Text = Annotated[Path, typer.Option(help="A text file, or .jsonl with the fields page or text.")]
+Quantizations = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(help="rowint8, rowint8+lm_head, bf16, int8-group32 or fp8-row. Repeat for more. Default: all."),
+]
+Checkpoints = Annotated[
+    Optional[list[Path]],  # noqa: UP045
+    typer.Option(help="Also a checkpoint of `rowint8 quantize` made from the model. Repeat for more."),
+]
+Ablate = Annotated[bool, typer.Option("--ablate", help="Also rowint8 in one kind of layer at a time.")]
+Ranks = Annotated[
+    int,
+    typer.Option(min=1, max=64, help="Ranks of vLLM. With several its tokens are compared with those of vLLM on one."),
+]
 
 
 def quality(
-    model: Annotated[Path, typer.Option(help="A model folder.")] = DEFAULT_FOLDER,
-    backends: Annotated[
-        str, typer.Option(help="What runs the model, with commas between; the others are compared with the first.")
-    ] = "transformers,baseline,baseline-rowint8,vllm,vllm-rowint8",
-    tasks: Annotated[
-        str, typer.Option(help="lm-eval's names, with commas between. rowint8_basics, of this project, needs no data.")
-    ] = "rowint8_basics",
-    data: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="A folder with the tasks' test sets as JSON lines. Without it they come from the hub."),
-    ] = None,
-    limit: Annotated[Optional[int], typer.Option(min=2, help="Only this many questions of each task.")] = None,  # noqa: UP045
-    max_length: Annotated[int, typer.Option(min=16, help="Tokens the model sees at a time.")] = 1024,
+    model: Model = DEFAULT_FOLDER,
+    backends: Backends = "transformers,baseline,baseline-rowint8,vllm,vllm-rowint8",
+    tasks: Tasks = "rowint8_basics",
+    data: Data = None,
+    limit: Limit = None,
+    max_length: MaxLength = 1024,
     dtype: Dtype = None,
     json_file: Json = None,
-    lm_eval_output: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Keep lm-eval's own JSON and samples in this folder, one subfolder a backend."),
-    ] = None,
+    lm_eval_output: Output = None,
 ) -> None:
     """Compare INT8 with unquantized weights, and this project's engine with others, on tasks of lm-eval.
 
@@ -44,76 +67,64 @@ def quality(
     """
     from rowint8.eval.quality import suite as job
     from rowint8.eval.quality.tasks import resolve
+    from rowint8.eval.report.quality import quality_tables
     from rowint8.eval.results.schema import QualityRow
 
     folder, number_format = existing_model(model), arithmetic(dtype)
-    chosen = job.choose(backends)
+    chosen, context = job.choose(backends), job.context_of(folder, max_length)
     with err.status("looking up the tasks"):
         found = resolve([name.strip() for name in tasks.split(",")], data)
     kept, base = Kept(json_file, QualityRow, False), None
     for number, (name, backend) in enumerate(chosen.items(), 1):
         output = lm_eval_output / name if lm_eval_output else None
         with err.status(f"lm-eval on {name} ({number} of {len(chosen)})"):
-            run = job.run_backend(
-                backend, folder, found, number_format, job.context_of(folder, max_length), limit, output
-            )
-        out.print(f"{name}\n{run['table']}", markup=False, highlight=False, soft_wrap=True)
+            run = job.run_backend(backend, folder, found, number_format, context, limit, output)
+        answer(f"{name}\n{run['table']}")
         kept.add(job.quality_rows(backend, number_format, run, base))
         base = base or run
-    for table in job.quality_tables(kept.rows):
+    for table in quality_tables(kept.rows):
         out.print(table)
     kept.close()
 
 
 def fidelity(
-    text: Annotated[Path, typer.Option(help="A text file, or .jsonl with the fields page or text.")],
-    model: Annotated[Path, typer.Option(help="Folder of the unquantized model.")] = DEFAULT_FOLDER,
-    quantization: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(help="rowint8, rowint8+lm_head, bf16, int8-group32 or fp8-row. Repeat for more. Default: all."),
-    ] = None,
-    checkpoint: Annotated[
-        Optional[list[Path]],  # noqa: UP045
-        typer.Option(help="Also a checkpoint of `rowint8 quantize` made from the model. Repeat for more."),
-    ] = None,
-    ablate: Annotated[bool, typer.Option("--ablate", help="Also rowint8 in one kind of layer at a time.")] = False,
+    text: Text,
+    model: Model = DEFAULT_FOLDER,
+    quantization: Quantizations = None,
+    checkpoint: Checkpoints = None,
+    ablate: Ablate = False,
     window: Annotated[int, typer.Option(min=2, help="Tokens the model sees at a time.")] = 1024,
     windows: Annotated[int, typer.Option(min=1, help="Windows taken from the start of the text.")] = 10,
     json_file: Json = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure how far rounded weights move the model: KL, same likeliest token and perplexity on a text.
 
     Example: rowint8 fidelity --text book.txt --quantization rowint8 --quantization fp8-row --json fidelity.json
     """
-    from rowint8.eval.console import progress
     from rowint8.eval.quality import fidelity as job
     from rowint8.eval.quality import fidelity_setups
-    from rowint8.eval.quantize.checkpoint import open_source
+    from rowint8.eval.quantize.source import open_source
     from rowint8.eval.quantize.text import read_text, token_windows
+    from rowint8.eval.report.quality import fidelity_table
 
-    source = open_source(existing_model(model))
-    names = quantization or fidelity_setups.QUANTIZATIONS
-    if unknown := [name for name in names if name not in fidelity_setups.QUANTIZATIONS]:
-        accepted = ", ".join(fidelity_setups.QUANTIZATIONS)
-        raise EvalError(f"--quantization has {', '.join(unknown)}; accepted are {accepted}")
-    setups = [fidelity_setups.rounded_setup(source, name) for name in names]
+    source = open_source(existing_model(model), trust_remote_code)
+    setups = [fidelity_setups.rounded_setup(source, name) for name in fidelity_setups.choose(quantization)]
     setups += [fidelity_setups.stored_setup(folder) for folder in checkpoint or ()]
     setups += fidelity_setups.ablation_setups(source) if ablate else []
-    tokens = token_windows(model, read_text(text), window, windows)
-    with progress(err, "weights", len(setups) + 1) as advance:
-        measured = job.Fidelity(model, fidelity_setups.original(source), tokens)
+    tokens = token_windows(model, read_text(text), window, windows, trust_remote_code)
+    with progress_bar("weights", len(setups) + 1, show=True) as advance:
+        measured = job.Fidelity(model, fidelity_setups.original(source), tokens, trust_remote_code)
         advance()
         rows = list(job.measure(measured, setups, text.name, advance))
-    out.print(job.fidelity_table(rows))
+    out.print(fidelity_table(rows))
     write(json_file, rows)
 
 
 def agreement(
-    model: Annotated[Path, typer.Option(help="A model folder.")] = DEFAULT_FOLDER,
+    model: Model = DEFAULT_FOLDER,
     dtype: Dtype = None,
-    tensor_parallel_size: Annotated[
-        int, typer.Option(min=1, help="Ranks of vLLM. With several its tokens are compared with those of vLLM on one.")
-    ] = 1,
+    tensor_parallel_size: Ranks = 1,
     json_file: Json = None,
 ) -> None:
     """Compare the greedy tokens of the small engine and of vLLM, both with rowint8, on ten fixed prompts.
@@ -121,11 +132,12 @@ def agreement(
     Example: rowint8 agreement --json agreement.json
     """
     from rowint8.eval.quality import agreement as job
+    from rowint8.eval.report.quality import agreement_table
 
     folder = existing_model(model)
     with err.status("both engines, ten prompts"):
         rows = job.compare(folder, arithmetic(dtype), tensor_parallel_size)
-    out.print(job.agreement_table(rows))
+    out.print(agreement_table(rows))
     write(json_file, rows)
 
 

@@ -9,13 +9,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import linear
 
-from rowint8.eval.console import compact_table
 from rowint8.eval.errors import EvalError
 from rowint8.eval.quality.fidelity_setups import Setup, Weights
 from rowint8.eval.results.schema import FidelityRow
@@ -40,7 +39,7 @@ class TokenScores:
 class Fidelity:
     """One model in fp32, the text, and what the original weights make of it."""
 
-    def __init__(self, folder: Path, reference: Weights, windows: Tensor):
+    def __init__(self, folder: Path, reference: Weights, windows: Tensor, trust_remote_code: bool = False):
         """Loads the model and runs the original weights once.
 
         Raises:
@@ -50,7 +49,8 @@ class Fidelity:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
+        self.model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
         self.windows = windows
         self._apply(reference)
         self._check_head()
@@ -140,24 +140,3 @@ def fidelity_row(setup: str, scores: TokenScores, text: str, window: int) -> Fid
         kl_max=max(0.0, float(scores.kl.max())),
         same_top1=float(scores.same_top1.double().mean()),
     )
-
-
-def fidelity_table(rows: Sequence[FidelityRow]) -> Table:
-    """One line a setup."""
-    first = rows[0]
-    table = compact_table(
-        f"{first.text}: {first.tokens} tokens in windows of {first.window}, arithmetic in {first.dtype}",
-        "KL from the unquantized model, nats; d(nll): paired, ± standard error; same top: likeliest token is the same",
-    )
-    table.add_column("weights")
-    for heading in ("ppl", "d(nll)", "KL mean", "median", "p99", "max", "same top"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(
-            row.setup,
-            f"{row.perplexity:.3f}",
-            f"{row.nll_difference:+.4f} ± {row.nll_difference_stderr:.4f}",
-            *(f"{kl:.2e}" for kl in (row.kl_mean, row.kl_median, row.kl_p99, row.kl_max)),
-            f"{row.same_top1:.2%}",
-        )
-    return table

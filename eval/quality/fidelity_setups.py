@@ -13,7 +13,7 @@ from torch import Tensor
 from rowint8.baseline_engine.checkpoint import read_header, read_tensor, shard_paths
 from rowint8.baseline_engine.errors import EngineError
 from rowint8.eval.errors import EvalError
-from rowint8.eval.quantize.checkpoint import Source
+from rowint8.eval.quantize.source import Source
 from rowint8.kernels.quantize import Int8Weight, dequantize, quantize_rowwise
 
 GROUP = 32
@@ -58,6 +58,13 @@ def round_bf16(weight: Tensor) -> Tensor:
 
 ROUNDINGS = {"rowint8": round_rowint8, "bf16": round_bf16, "int8-group32": round_group32, "fp8-row": round_fp8_row}
 QUANTIZATIONS = (*ROUNDINGS, "rowint8+lm_head")
+
+
+def choose(names: Sequence[str] | None) -> Sequence[str]:
+    """The names, or all of QUANTIZATIONS without any; EvalError where one is unknown."""
+    if unknown := [name for name in names or () if name not in QUANTIZATIONS]:
+        raise EvalError(f"--quantization has {', '.join(unknown)}; accepted are {', '.join(QUANTIZATIONS)}")
+    return names or QUANTIZATIONS
 
 
 def rounded_setup(source: Source, quantization: str) -> Setup:

@@ -46,7 +46,7 @@ class EngineLM(TemplateLM):
             EngineError: the engine cannot run the model, or not with so many tokens.
         """
         super().__init__()
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(pretrained)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(pretrained, trust_remote_code=False)
         self.max_length, self.max_gen_toks = max_length, max_gen_toks
         # One token more: the engine keeps a place for what it would generate.
         self._engine = Engine(EngineConfig(pretrained, max_context=max_length + 1, **settings))

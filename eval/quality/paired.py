@@ -29,15 +29,15 @@ class Item(NamedTuple):
 
     value: float
     weight: float
-    """Of the document in the mean, sum of values / sum of weights; 1 where all count alike."""
+    """The document's weight in the mean, sum of values / sum of weights; 1 where all count alike."""
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Of two models over the same documents: other minus base."""
+    """How the metric of one model, the other, differs from that of the base over the same documents."""
 
     difference: float
-    """Of the metric."""
+    """Other minus base."""
     stderr: float
     gained: int | None
     """Documents that only the other answers rightly; None where the values are not all 0 or 1, as is `lost`."""
@@ -59,7 +59,7 @@ def metric_value(metric: str, items: Sequence[Item]) -> float:
 
 
 def standard_error(metric: str, items: Sequence[Item]) -> float:
-    """Of `metric_value`.
+    """Standard error of `metric_value`.
 
     Raises:
         ValueError: fewer than two documents.

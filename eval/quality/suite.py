@@ -4,18 +4,15 @@ Each backend runs in a process of its own. All answer the same questions, so the
 question by question (see `paired`): its standard error is far smaller than that of either value.
 """
 
-import json
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.table import Table
-
-from rowint8.eval.console import compact_table
+from rowint8.baseline_engine.errors import shown
+from rowint8.baseline_engine.files import read_json
 from rowint8.eval.errors import EvalError
 from rowint8.eval.processes import require_package, run_worker, vllm_environment
 from rowint8.eval.quality import lm_eval_run, paired
@@ -70,8 +67,15 @@ def context_of(model: Path, wanted: int) -> int:
     """Tokens that every backend can show the model at a time: at most `wanted`, and two fewer than it has positions.
 
     vLLM keeps the two for itself: it cannot score a text without generating after it.
+
+    Raises:
+        EngineError, EvalError: config.json cannot be read, or has no number of positions.
     """
-    positions = json.loads((model / "config.json").read_text()).get("max_position_embeddings", wanted + 2)
+    positions = read_json(model / "config.json").get("max_position_embeddings", wanted + 2)
+    if type(positions) is not int or positions < 3:
+        raise EvalError(
+            f"{model / 'config.json'}: max_position_embeddings is {shown(positions)}; accepted are 3 and more"
+        )
     return min(wanted, positions - 2)
 
 
@@ -125,7 +129,10 @@ def _lm_eval_model(backend: Backend, dtype: str, max_length: int) -> tuple[str, 
 
 
 def _environment(hub: bool) -> dict[str, str]:
-    """Of a worker: one engine in its own process, with all cores. The network is for data from the hub only."""
+    """The environment of a worker: one engine in its own process, with all cores.
+
+    It uses the network for data from the hub only.
+    """
     import torch
 
     settings = {
@@ -188,38 +195,3 @@ def _items(name: str, found: dict[str, Any]) -> list[paired.Item] | None:
     if not items or not math.isclose(paired.metric_value(_metric(name), items), found["value"], rel_tol=1e-6):
         return None
     return items
-
-
-def quality_tables(rows: Sequence[QualityRow]) -> list[Table]:
-    """One table a task: each metric on each backend, the paired difference from the first, the answers that flipped."""
-    ordered = sorted(rows, key=lambda row: (row.task, row.metric))  # stable: backends stay in their order
-    tables = []
-    for task, group in groupby(ordered, key=lambda row: row.task):
-        found = list(group)
-        table = compact_table(
-            title=f"{task}: {found[0].questions} questions, arithmetic in {found[0].dtype}",
-            caption=f"difference: paired, question by question, from {backend_name(found[0])}; flips: gained / lost",
-        )
-        table.add_column("metric", overflow="fold")
-        for heading in ("backend", "value", "difference", "flips"):
-            table.add_column(heading, justify="left" if heading == "backend" else "right", no_wrap=True)
-        for row in found:
-            flips = "" if row.gained is None else f"{row.gained} / {row.lost}"
-            table.add_row(row.metric, backend_name(row), value_text(row), difference_text(row), flips)
-        tables.append(table)
-    return tables
-
-
-def backend_name(row: QualityRow) -> str:
-    """As in BACKENDS."""
-    return row.engine if row.setup == "unquantized" else f"{row.engine}-{row.setup}"
-
-
-def value_text(row: QualityRow) -> str:
-    """The value and its standard error, where there is one."""
-    return f"{row.value:.4f}" + ("" if row.stderr is None else f" ± {row.stderr:.4f}")
-
-
-def difference_text(row: QualityRow) -> str:
-    """The paired difference and its standard error; empty where there is none."""
-    return "" if row.difference is None else f"{row.difference:+.4f} ± {row.difference_stderr or 0.0:.4f}"

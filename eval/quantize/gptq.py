@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from rowint8.eval.errors import EvalError
-from rowint8.eval.quantize.checkpoint import MERGED, Convert, Source, round_to_nearest
+from rowint8.eval.quantize.checkpoint import Convert, round_to_nearest
+from rowint8.eval.quantize.layers import MERGED
+from rowint8.eval.quantize.source import Source
 from rowint8.kernels.quantize import INT8_MAX, Int8Weight, quantize_rowwise, round_to_scale
 
 WINDOW, WINDOWS = 128, 128
@@ -50,7 +52,8 @@ def calibrate(
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto").eval()
+    trusted = source.trust_remote_code
+    model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto", trust_remote_code=trusted).eval()
     model.get_input_embeddings().float()
     decoder = getattr(model.base_model, "layers", None)
     if decoder is None:
@@ -118,7 +121,7 @@ def _run(
 
 
 def _first_of_merged(name: str) -> str:
-    """Of the linears that engines merge with this one, and which therefore see the same inputs, the first."""
+    """The first of the linears that engines merge with this one, and which therefore see the same inputs."""
     parent, _, kind = name.rpartition(".")
     return next((f"{parent}.{parts[0]}" for parts in MERGED if kind in parts), name)
 

@@ -5,11 +5,10 @@ reads nothing and its output is multiplied by zeros, so the copy computes what t
 weights, as a row of zeros stays one and a column of zeros changes no row's scale.
 """
 
-import os
-import tempfile
 from pathlib import Path
 
 from rowint8.eval.errors import EvalError
+from rowint8.eval.quantize.folder import refuse_existing, whole_folder
 
 
 def copy_with_padded_heads(model: Path, out: Path, ranks: int) -> None:
@@ -18,16 +17,15 @@ def copy_with_padded_heads(model: Path, out: Path, ranks: int) -> None:
     It appears whole or not at all.
 
     Raises:
-        EvalError: `out` exists, or the model is of another kind.
+        EvalError: `out` exists or cannot be written, or the model is of another kind.
     """
     from torch.nn.functional import pad
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    if out.exists():
-        raise EvalError(f"{out} exists; remove it or choose another folder with --out")
+    refuse_existing(out)
     disable_progress_bar()
-    plain = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False)
     if not isinstance(plain, LlamaForCausalLM) or plain.config.attention_bias:
         raise EvalError(f"{model} is {type(plain).__name__}; accepted is LlamaForCausalLM without attention bias")
     weights, config = plain.state_dict(), plain.config
@@ -39,9 +37,6 @@ def copy_with_padded_heads(model: Path, out: Path, ranks: int) -> None:
         added = [size - had for size, had in zip(slot.shape, weights[name].shape, strict=True)]
         weights[name] = pad(weights[name], [end for rows in added[::-1] for end in (0, rows)])
     padded.load_state_dict(weights)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        whole = Path(scratch) / out.name
-        padded.save_pretrained(whole)
-        AutoTokenizer.from_pretrained(model).save_pretrained(whole)
-        os.rename(whole, out)
+    with whole_folder(out) as folder:
+        padded.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(model, trust_remote_code=False).save_pretrained(folder)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rowint8.baseline_engine.errors import one_line
 from rowint8.eval.errors import EvalError
 
 
@@ -25,7 +26,9 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise EvalError(f"cannot read {path}: byte {error.start} is no UTF-8; convert the file to UTF-8") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise EvalError(f"cannot read {path}: each line needs a JSON object with page or text ({error})") from None
+        raise EvalError(
+            f"cannot read {path}: each line needs a JSON object with page or text ({one_line(error)})"
+        ) from None
 
 
 def _joined(lines: str) -> str:
@@ -33,18 +36,23 @@ def _joined(lines: str) -> str:
     return "".join(row["page"] if "page" in row else row["text"] for row in rows)
 
 
-def token_windows(folder: Path, text: str, window: int, limit: int) -> Tensor:
+def token_windows(folder: Path, text: str, window: int, limit: int, trust_remote_code: bool = False) -> Tensor:
     """The first `limit` windows of the text, int64 [n, window], without special tokens and without overlap.
 
     Args:
         folder: of the model, with its tokenizer.
+        trust_remote_code: whether the tokenizer's own Python code may run.
 
     Raises:
-        EvalError: the text is shorter than one window.
+        EvalError: the folder has no tokenizer that loads, or the text is shorter than one window.
     """
     from transformers import AutoTokenizer
 
-    ids = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False, verbose=False).input_ids
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    except Exception as error:  # its files may hold anything, and each library fails at them in its own way
+        raise EvalError(f"{folder} has no tokenizer that loads: {one_line(error)}") from None
     count = min(limit, len(ids) // window)
     if count == 0:
         raise EvalError(f"the text has {len(ids)} tokens, less than one window of {window}; give a longer one")

@@ -4,6 +4,7 @@ import pytest
 from transformers import Qwen2Config
 
 from rowint8.eval.quantize import checkpoint as job
+from rowint8.eval.quantize.source import open_source
 from tests.vllm_plugin.harness import TINY, make_tiny
 
 pytest.importorskip("vllm")
@@ -14,7 +15,7 @@ WITHOUT_FLAG = {**TINY, "quantization": None}
 
 def test_stored_equals_online_bit_for_bit(driver, tmp_path):
     model = make_tiny(tmp_path / "model", Qwen2Config, max_shard_size="100KB", tie_word_embeddings=True)
-    source = job.open_source(model)
+    source = open_source(model)
     assert len(source.shards) > 1
     job.write_checkpoint(source, tmp_path / "int8", "rowint8", (), job.round_to_nearest(source.layers))
     online = driver.works(model)

@@ -19,13 +19,13 @@ def test_timing_without_a_gpu_is_one_line(tmp_path):
 
 
 def test_rows_are_kept_as_they_come(tmp_path, monkeypatch):
-    from rowint8.eval.cli import bench_kernels as cli_bench_kernels
+    from rowint8.eval.cli import kernels
 
     monkeypatch.setattr("sys.argv", ["rowint8", "bench", "kernels"])
     path = tmp_path / "k.json"
     rows = []
     for m in (1, 2, 4):
         rows.append(replace(LINEAR, M=m))
-        cli_bench_kernels._keep(path, rows, CEILINGS)
+        kernels._keep(path, rows, CEILINGS)
         assert [row.M for row in read_results(path).rows] == [row.M for row in rows]
     assert read_results(path).ceilings == CEILINGS

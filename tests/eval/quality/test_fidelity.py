@@ -12,6 +12,7 @@ from rowint8.eval.processes import console_script
 from rowint8.eval.quality import fidelity as job
 from rowint8.eval.quality import fidelity_setups as setups
 from rowint8.eval.quantize import checkpoint as quantize_checkpoint
+from rowint8.eval.quantize.source import open_source
 from rowint8.eval.results.files import read_results
 from rowint8.kernels.quantize import dequantize, quantize_rowwise
 
@@ -62,7 +63,7 @@ def expected(folder, change):
 
 
 def scores_of(folder, setup):
-    source = quantize_checkpoint.open_source(folder)
+    source = open_source(folder)
     return job.Fidelity(folder, setups.original(source), WINDOWS).score(setup(source))
 
 
@@ -92,7 +93,7 @@ def test_the_output_layer_takes_a_tied_embedding_along(folder):
 
 
 def test_ablation_rounds_one_kind_at_a_time(folder):
-    source = quantize_checkpoint.open_source(folder)
+    source = open_source(folder)
     ablation = {setup.name: setup for setup in setups.ablation_setups(source)}
     kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert sorted(ablation) == sorted(f"only {kind}" for kind in [*kinds, "lm_head"])
@@ -109,7 +110,7 @@ def test_unchanged_weights_cost_nothing(folder):
 
 
 def test_a_stored_checkpoint_scores_as_rounding_does(folder, tmp_path):
-    source = quantize_checkpoint.open_source(folder)
+    source = open_source(folder)
     convert = quantize_checkpoint.round_to_nearest(source.layers)
     quantize_checkpoint.write_checkpoint(source, tmp_path / "int8", "rowint8", (), convert)
     stored = scores_of(folder, lambda source: setups.stored_setup(tmp_path / "int8"))
@@ -172,7 +173,7 @@ def test_the_command(smollm2, tmp_path):
 
 
 def test_an_architecture_with_other_logits_is_refused(folder):
-    source = quantize_checkpoint.open_source(folder)
+    source = open_source(folder)
     model = job.Fidelity(folder, setups.original(source), WINDOWS)
     plain = model.model.forward
 

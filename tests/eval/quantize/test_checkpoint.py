@@ -19,6 +19,8 @@ from rowint8.eval.errors import EvalError
 from rowint8.eval.processes import console_script
 from rowint8.eval.quantize import checkpoint as job
 from rowint8.eval.quantize.formats import packed_tensors
+from rowint8.eval.quantize.layers import ignored_layers
+from rowint8.eval.quantize.source import open_source
 from rowint8.kernels.quantize import Int8Weight, dequantize, quantize_rowwise
 
 INDEX = "model.safetensors.index.json"
@@ -30,10 +32,11 @@ import json, pathlib, sys
 import psutil, torch
 from rowint8.baseline_engine.metrics import PeakMemory
 from rowint8.eval.quantize import checkpoint as job
+from rowint8.eval.quantize.source import open_source
 from rowint8.kernels.quantize import quantize_rowwise
 
 quantize_rowwise(torch.ones(1 << 11, 1 << 11))  # loads the libraries' code, which counts as memory too
-source = job.open_source(pathlib.Path(sys.argv[1]))
+source = open_source(pathlib.Path(sys.argv[1]))
 peak = PeakMemory(torch.device("cpu"))
 peak.reset()
 before = psutil.Process().memory_info().rss
@@ -61,8 +64,8 @@ def model(tmp_path):
 
 
 def quantize(folder, out, form="rowint8", ignore=()):
-    source = job.open_source(folder)
-    ignored = job.ignored_layers(source.layers, ignore)
+    source = open_source(folder)
+    ignored = ignored_layers(source.layers, ignore)
     job.write_checkpoint(source, out, form, ignored, job.round_to_nearest(source.layers - ignored))
     return out
 
@@ -181,7 +184,7 @@ REFUSED = {
         "model.safetensors is truncated",
     ),
     "no weights": (lambda model, out: (model / "model.safetensors").unlink(), "no weights"),
-    "no config": (lambda model, out: (model / "config.json").unlink(), "No such file"),
+    "no config": (lambda model, out: (model / "config.json").unlink(), "config.json is missing"),
     "shard missing": (
         lambda model, out: (model / INDEX).write_text('{"weight_map": {"a": "model-2-of-2.safetensors"}}'),
         "model-2-of-2.safetensors, which is missing",
@@ -204,7 +207,7 @@ def test_errors_are_one_line_and_leave_nothing(model, tmp_path, case):
 def test_a_quantized_checkpoint_is_refused(model, tmp_path):
     out = quantize(model, tmp_path / "out")
     with pytest.raises(EvalError, match=r"already quantized \(rowint8\)"):
-        job.open_source(out)
+        open_source(out)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +219,7 @@ def test_a_quantized_checkpoint_is_refused(model, tmp_path):
 )
 def test_models_that_cannot_be_quantized(tmp_path, config_class, options, message):
     with pytest.raises(EvalError, match=message):
-        job.open_source(write_model(tmp_path / "model", config_class, **options))
+        open_source(write_model(tmp_path / "model", config_class, **options))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +234,7 @@ def test_models_that_cannot_be_quantized(tmp_path, config_class, options, messag
 )
 def test_ignore_is_checked(model, ignore, message):
     with pytest.raises(EvalError, match=message):
-        job.ignored_layers(job.open_source(model).layers, [ignore])
+        ignored_layers(open_source(model).layers, [ignore])
 
 
 def test_an_interrupted_run_leaves_nothing_under_the_final_name(model, tmp_path):
@@ -242,7 +245,7 @@ def test_an_interrupted_run_leaves_nothing_under_the_final_name(model, tmp_path)
         if len(seen) == 5:
             raise KeyboardInterrupt
 
-    source = job.open_source(model)
+    source = open_source(model)
     with pytest.raises(KeyboardInterrupt):
         job.write_checkpoint(source, tmp_path / "out", "rowint8", (), job.round_to_nearest(source.layers), advance)
     assert seen == [["model"]] * 5

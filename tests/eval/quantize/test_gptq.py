@@ -14,7 +14,8 @@ from rowint8.eval.processes import console_script
 from rowint8.eval.quality.fidelity import Fidelity
 from rowint8.eval.quality.fidelity_setups import original, rounded_setup, stored_setup
 from rowint8.eval.quantize import gptq as job
-from rowint8.eval.quantize.checkpoint import open_source, round_to_nearest, write_checkpoint
+from rowint8.eval.quantize.checkpoint import round_to_nearest, write_checkpoint
+from rowint8.eval.quantize.source import open_source
 from rowint8.kernels.quantize import dequantize, quantize_rowwise
 from tests.tiny_models import VOCABULARY, write_tiny
 

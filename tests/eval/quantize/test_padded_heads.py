@@ -29,5 +29,5 @@ def test_what_it_cannot_pad_is_refused(tmp_path):
     model = write_tiny(tmp_path / "mistral", MistralConfig)
     with pytest.raises(EvalError, match="accepted is LlamaForCausalLM"):
         copy_with_padded_heads(model, tmp_path / "padded", 2)
-    with pytest.raises(EvalError, match="mistral exists; remove it"):
+    with pytest.raises(EvalError, match="mistral exists already; remove it"):
         copy_with_padded_heads(model, tmp_path / "mistral", 2)

@@ -1,0 +1,181 @@
+"""The commands `rowint8 bench kernels` and `rowint8 tune`: single operators on a GPU."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from rowint8.baseline_engine.progress import progress_bar
+from rowint8.eval.cli.output import Json, err, out, save, say, write
+from rowint8.eval.errors import EvalError
+from rowint8.eval.kernels.shapes import SHAPES, TOKENS, parse_tokens, select_shapes
+from rowint8.eval.models import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from rowint8.eval.kernels.tune import Choice, Job
+
+COMPILE_TOKENS = (1, 16, 128, 2048)
+_COMPILING = 0.5
+"""At most this part of the time for tuning is spent on compiling ahead."""
+
+
+class Dtype(str, Enum):
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Shapes = Annotated[
+    str,
+    typer.Option(help=f"Comma-separated: {', '.join(name for name in SHAPES if '/' not in name)}; or MODEL/qkv."),
+]
+Activations = Annotated[Dtype, typer.Option(help="Of the activations.")]
+Tokens = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Comma-separated. Default: 1 to 8192 in powers of two; with --compile 1,16,128,2048."),
+]
+Peers = Annotated[bool, typer.Option("--peers", help="Also Marlin, Machete and gemlite, where installed.")]
+Humming = Annotated[
+    bool, typer.Option("--humming", help="Also Humming, which compiles for minutes: give few shapes and tokens.")
+]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Also the operators in plain torch, eager and by torch.compile.")
+]
+ModelFolder = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--model", help="Instead the shapes of this model folder, on one GPU."),
+]
+UpTo = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Comma-separated: a tile is chosen up to each of them. Default: 1 to 8192 in powers of two."),
+]
+Minutes = Annotated[float, typer.Option(min=0.1, help="Stop after about this time; what is chosen by then counts.")]
+Tiles = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--out", help="The file to write. Default: $ROWINT8_TILES or ~/.config/rowint8/tiles.json."),
+]
+
+
+def bench_kernels(
+    shapes: Shapes = DEFAULT_MODEL,
+    tokens: Tokens = None,
+    dtype: Activations = Dtype.bfloat16,
+    peers: Peers = False,
+    humming: Humming = False,
+    compile_: Compile = False,
+    json_file: Json = None,
+) -> None:
+    """Time the operators on a CUDA GPU beside cuBLAS, other INT8 kernels and torch.compile.
+
+    Example: rowint8 bench kernels --peers --shapes gate_up,o --json kernels.json
+    """
+    chosen = select_shapes(shapes)
+    counts = parse_tokens(tokens) if tokens else COMPILE_TOKENS if compile_ else TOKENS
+    _require_gpu("kernels are")
+    import torch
+
+    from rowint8.eval.kernels.bench import KernelBench
+    from rowint8.eval.kernels.inductor import MODES
+    from rowint8.eval.kernels.timing import measure_ceilings
+    from rowint8.eval.report.kernels import kernel_tables
+
+    names = (["marlin", "machete", "gemlite"] if peers else []) + (["humming"] if humming else [])
+    bench = KernelBench(getattr(torch, dtype.value), say, names, list(MODES) if compile_ else [])
+    rows = []
+    with err.status("ceilings") as status:
+        ceilings = measure_ceilings()
+        status.update("getting ready")
+        for row in bench.rows(chosen, counts):
+            rows.append(row)
+            status.update(f"{row.op} {row.shape} M = {row.M}")
+            _keep(json_file, rows, ceilings)
+    for table in kernel_tables(rows, ceilings):
+        out.print(table)
+    write(json_file, rows, ceilings)
+
+
+def _require_gpu(what: str) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise EvalError(f"{what} timed on a CUDA GPU; torch finds none here")
+
+
+def _keep(path: Path | None, rows: list, ceilings: Any) -> None:
+    """Writes what is measured so far. The environment is looked up once, for the first row: that takes a second."""
+    from rowint8.eval.results.files import read_results, write_results
+
+    if path is None:
+        return
+    if len(rows) == 1:
+        save(path, rows, ceilings)
+    else:
+        write_results(path, replace(read_results(path), rows=tuple(rows)))
+
+
+def tune(
+    shapes: Shapes = DEFAULT_MODEL,
+    model: ModelFolder = None,
+    tokens: UpTo = None,
+    minutes: Minutes = 10,
+    tiles: Tiles = None,
+    json_file: Json = None,
+) -> None:
+    """Find the fastest kernel tiles on this CUDA GPU, for a card that the shipped ones were not measured on.
+
+    They are taken from then on wherever rowint8 runs as this user: in both engines and in `rowint8 bench kernels`.
+
+    Example: rowint8 tune --model models/smollm2-135m-instruct --minutes 5
+    """
+    if not math.isfinite(minutes):
+        raise EvalError(f"--minutes is {minutes}; give a finite number")
+    from rowint8.eval.kernels import tune as job
+
+    chosen = job.model_shapes(model) if model else select_shapes(shapes)
+    counts = parse_tokens(tokens) if tokens else TOKENS
+    _require_gpu("tiles are")
+    import torch
+
+    start, card = time.monotonic(), torch.cuda.get_device_name()
+    jobs = job.make_jobs(chosen, counts, torch.device("cuda"))
+    if not jobs:
+        raise EvalError(f"--shapes is {shapes}, which has no linear layer; accepted are names such as gate_up")
+    choices = _choose_tiles(jobs, card, tiles, start, 60 * minutes)
+    if not choices:
+        raise EvalError(f"--minutes {minutes:g} was too short for a first choice; give more, or fewer --shapes")
+    out.print(job.tune_table(choices, card))
+    if len(choices) < len(jobs):
+        missing = f"{len(jobs) - len(choices)} of {len(jobs)} choices are missing"
+        err.print(f"[yellow]the time is over:[/yellow] {missing}; give more --minutes", highlight=False)
+    write(json_file, [choice.row for choice in choices])
+
+
+def _choose_tiles(jobs: Sequence["Job"], card: str, tiles: Path | None, start: float, seconds: float) -> list["Choice"]:
+    """Chooses for as long as there is time, and writes the file of tiles after each choice."""
+    import torch
+
+    from rowint8.eval.kernels import tune as job
+    from rowint8.kernels.tiles.user import read_tiles, tiles_file, write_tiles
+
+    path = tiles or tiles_file()
+    try:
+        found = read_tiles(path, card) if path.exists() else {}
+    except ValueError as error:
+        raise EvalError(str(error)) from None
+    wanted = job.compilations(jobs)
+    with progress_bar("compiling", len(wanted), show=True) as advance:
+        job.compile_ahead(wanted, _COMPILING * seconds, advance)
+    choices = []
+    with progress_bar("timing", len(jobs), show=True) as advance:
+        for choice in job.choose_tiles(jobs, seconds - (time.monotonic() - start), torch.device("cuda")):
+            choices.append(choice)
+            found.setdefault((choice.row.op, choice.row.N, choice.row.K), {})[choice.row.M] = choice.tile
+            write_tiles(path, card, found)
+            advance()
+    if choices:
+        say(f"wrote {path}")
+    return choices
