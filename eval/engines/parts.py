@@ -14,7 +14,7 @@ from rowint8.eval.results.schema import PARTS
 
 _KERNELS = {
     "attention": r"(?<!reshape_and_cache_)flash|fmha|attention|attn|sdpa",
-    "sampling": r"arg_?max|top_?[kp]|sort|softmax|multinomial|cumsum|scan|searchsorted|sampl",
+    "sampling": r"maxops|arg_?max|top_?[kp]|sort|softmax|multinomial|cumsum|scan|searchsorted|sampl",
     "matmul": r"^(one_token|few_tokens|many_tokens|hopper)_kernel"
     r"|nvjet|gemm|gemv|matmul|splitkreduce|cutlass|marlin|machete|^triton_tem|^triton_(red|per)_.*_(add)?mm_",
     "norm": r"norm|rsqrt",
@@ -25,7 +25,7 @@ _COMPILED = "CompiledFxGraph"
 """In the name of what torch.compile fused on the CPU, norms among it: elementwise, as nothing in the name says more."""
 _OPERATORS = {
     "attention": r"scaled_dot_product|attention",
-    "sampling": r"argmax|topk|sort|softmax|cumsum|searchsorted|multinomial",
+    "sampling": r"argmax|aten::max$|topk|sort|softmax|cumsum|searchsorted|multinomial",
     "matmul": r"^rowint8::(linear|swiglu)|(::|_)(linear|matmul|mm|addmm|bmm)$|_linear_pointwise",
     "norm": r"norm",
     "copies": r"aten::(to|copy_|_to_copy|clone|contiguous|cat|embedding|index_select|index|gather)$",
@@ -71,7 +71,7 @@ def operator_work(events: Iterable[Any]) -> list[Work]:
 
 
 def _operator_part(event: Any) -> str:
-    """Of the outermost operator around it whose name says one."""
+    """The part that the outermost operator around it belongs to, if its name says one."""
     part = "elementwise" if _COMPILED in event.name else None
     while event is not None:
         part = _part(_OPERATORS, event.name) or part
