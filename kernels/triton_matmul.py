@@ -248,9 +248,11 @@ def one_token_kernel(
         acc += tl.load(bias + rows).to(tl.float32)
     if FUSED:
         gate, up = tl.split(tl.reshape(acc, [OUTPUTS, 2]))
-        acc = silu_times(gate, up)
     n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    tl.store(out + token * N + n, acc.to(out.dtype.element_ty), mask=n < N)
+    mask = n < N
+    ptrs = out + token * N + n
+    result = silu_times(gate, up) if FUSED else acc
+    tl.store(ptrs, result.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"])  # one compilation serves every number of tokens
@@ -285,13 +287,13 @@ def many_tokens_kernel(
     acc *= tl.load(scale + rows).to(tl.float32)[:, None]
     if HAS_BIAS:
         acc += tl.load(bias + rows).to(tl.float32)[:, None]
+    if FUSED:
+        gate, up = tl.split(tl.permute(tl.reshape(acc, [OUTPUTS, 2, BLOCK_M]), [0, 2, 1]))
     n = pid_n * OUTPUTS + tl.arange(0, OUTPUTS)
     ptrs = out + tokens[None, :] * N + n[:, None]
     mask = (n < N)[:, None] & (tokens < M)[None, :]
-    if FUSED:
-        gate, up = tl.split(tl.permute(tl.reshape(acc, [OUTPUTS, 2, BLOCK_M]), [0, 2, 1]))
-        acc = silu_times(gate, up)
-    tl.store(ptrs, acc.to(out.dtype.element_ty), mask=mask)
+    result = silu_times(gate, up) if FUSED else acc
+    tl.store(ptrs, result.to(out.dtype.element_ty), mask=mask)
 
 
 def triton_product(
