@@ -24,7 +24,7 @@ MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _ATTENTION = "q_proj|k_proj|v_proj|o_proj|out_proj|qkv_proj|dense|query_key_value|Wqkv|c_attn|c_proj"
 _MLP = "gate_proj|up_proj|down_proj|gate_up_proj|fc1|fc2|fc_in|fc_out|dense_h_to_4h|dense_4h_to_h|c_fc|c_proj"
 _QUANTIZED = re.compile(
-    rf"(.*\.)?(self_attn|attn|attention|self_attention)\.({_ATTENTION})|(.*\.)?(mlp|ffn|layers\.\d+)\.({_MLP})"
+    rf"(.*\.)?(self_attn|attn|attention|self_attention)\.({_ATTENTION})|(.*\.)?(mlp|ffn|feed_forward|layers\.\d+)\.({_MLP})"
 )
 _OTHER_SENSES = re.compile(r"vision|visual|image|img|audio|speech|embed")
 _MATCH_SECONDS = 2

@@ -5,6 +5,7 @@ hold in another shape, and files that lie outside the checkpoint's folder.
 """
 
 import math
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def _check_files(folder: Path, names: Iterable[str]) -> None:
 def _weight_map(folder: Path) -> dict[str, str]:
     """Tensor -> file as the index says, empty without an index; EvalError where a file name is no possible one."""
     index = folder / INDEX
-    if not index.exists():
+    if not os.path.lexists(index):
         return {}
     _check_files(folder, [INDEX])
     files = read_json(index).get("weight_map")
