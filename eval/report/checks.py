@@ -20,7 +20,7 @@ from rowint8.eval.results.schema import (
 )
 
 L2_BYTES = 50 * 2**20
-"""Of the H100 and H200: a smaller weight may be found there."""
+"""L2 cache of the H100 and H200: a smaller weight may be found there."""
 _RATIO = 5.0
 """INT8 reads half of what bf16 does; a kernel this many times faster or slower than the best other is a mistake."""
 _CEILING_SLACK = 1.05

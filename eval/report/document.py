@@ -39,7 +39,7 @@ Found = Mapping[str, Results]
 
 _SPREADS = {"ttft_ms": "TTFT", "tok_s": "tok/s"}
 _LLAMA_FILES = ("engine-h200", "vllm-h200", "engine-h100", "vllm-h100")
-"""Of Llama-3.1-8B's shape."""
+"""Files of models with Llama-3.1-8B's shape."""
 _DOCUMENTS = ("README.md", "POSTMORTEM.md", "docs/engine.md", "docs/vllm.md")
 OURS = ("baseline bf16", "baseline int8", "baseline int8-fused")
 _PRODUCTION = ("vllm bf16", "vllm rowint8")
@@ -67,12 +67,21 @@ def read_folder(folder: Path) -> dict[str, Results]:
 
 
 def documents(folder: Path, found: Found) -> dict[Path, str]:
-    """What REPORT.md and the documents with generated parts should be; those beside the folder, where they exist."""
+    """What REPORT.md and the documents with generated parts should be; those beside the folder, where they exist.
+
+    Raises:
+        EvalError: a document cannot be read, or asks for a part that does not exist.
+    """
     beside = [folder.parent / name for name in _DOCUMENTS]
-    filled = {
-        path: fill(path.read_text(encoding="utf-8"), parts(found), path.name) for path in beside if path.is_file()
-    }
+    filled = {path: fill(_text(path), parts(found), path.name) for path in beside if path.is_file()}
     return {folder / "REPORT.md": report(found), **filled}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvalError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
 
 
 def parts(found: Found) -> dict[str, str]:

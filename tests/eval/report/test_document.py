@@ -315,6 +315,34 @@ def test_command_writes_the_report_its_plots_and_marked_parts(tmp_path):
     )  # (28672 * 4096 + 2 * 28672 + 16 * 4096 * 2) bytes / 3 TB/s / 50 us
 
 
+def test_a_full_disk_leaves_the_documents_whole(tmp_path):
+    write(tmp_path / "results", "kernels-h200", KERNEL, ceilings=CEILINGS)
+    for path in (tmp_path / "README.md", tmp_path / "results" / "REPORT.md"):
+        path.write_text("mine\n" * 1000 + "<!-- report:limits -->\n<!-- /report -->\n")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    script = f"ulimit -f 1; exec '{console_script('rowint8')}' report --no-plots '{tmp_path / 'results'}'"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert done.stderr.startswith(f"rowint8: cannot write {tmp_path}")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_document_that_is_a_link_stays_one(tmp_path):
+    write(tmp_path / "results", "agreement-cpu", AGREEMENT)
+    (tmp_path / "mine.md").write_text("mine\n<!-- report:limits -->\n<!-- /report -->\n")
+    (tmp_path / "README.md").symlink_to("mine.md")
+    assert rowint8("report", tmp_path / "results").returncode == 0
+    assert (tmp_path / "README.md").is_symlink()
+    assert "| of the limit |" in (tmp_path / "mine.md").read_text()
+
+
+def test_a_document_that_is_no_text_is_one_line(tmp_path):
+    write(tmp_path / "results", "agreement-cpu", AGREEMENT)
+    (tmp_path / "README.md").write_bytes(b"\xff\xfe")
+    with pytest.raises(EvalError, match=r"cannot read .*README\.md: it is not UTF-8"):
+        documents(tmp_path / "results", read_folder(tmp_path / "results"))
+
+
 def test_help_has_an_example():
     assert "Example: rowint8 report results" in rowint8("report", "--help").stdout
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -215,6 +216,16 @@ def test_wrong_kernel_rows_are_refused(tmp_path, change, message):
     (tmp_path / "r.json").write_text(json.dumps(document))
     with pytest.raises(EvalError, match=message):
         read_results(tmp_path / "r.json")
+
+
+def test_a_link_to_a_result_file_and_a_device_stay_what_they_are(tmp_path):
+    (tmp_path / "link.json").symlink_to("r.json")
+    (tmp_path / "null.json").symlink_to("/dev/null")
+    for name in ("link.json", "null.json"):
+        write_results(tmp_path / name, RESULTS)
+        assert (tmp_path / name).is_symlink()
+    assert read_results(tmp_path / "r.json") == RESULTS
+    assert not Path("/dev/null").is_file()
 
 
 def test_unwritable_target_is_one_line(tmp_path):
