@@ -126,11 +126,11 @@ def bench_engine(
         requests = speed.make_requests(sizes, vocab_size(folder), sequences)
 
         def run(name: str) -> list[EngineRow]:
-            setup, dummy = known[name], bool(loading)
-            arguments = job.engine_arguments(setup.engine, folder, dummy, requests)
-            result = speed.run_setup(setup, arguments, requests, repeats, dummy)
+            setup, given = known[name], job.answerable(known[name].engine, requests)
+            arguments = job.engine_arguments(setup.engine, folder, bool(loading), requests)
+            result = speed.run_setup(setup, arguments, given, repeats, dummy=bool(loading))
             say(f"{name}: started in {result['start_s']:.0f} s")
-            return job.setup_rows(name, setup.engine, requests, result)
+            return job.setup_rows(name, setup.engine, given, result)
 
         failed = kept.measure(names, run)
     kept.finish(failed, ladder_table)

@@ -13,6 +13,11 @@ def row_setup(name: str) -> str:
     return name.removeprefix("vllm-").removeprefix("transformers-")
 
 
+def answerable(engine: EngineName, workloads: Sequence[Requests]) -> list[Requests]:
+    """The workloads that the engine can take: transformers' `generate` takes requests of one size only."""
+    return [each for each in workloads if engine != "transformers" or not each.once]
+
+
 def engine_arguments(engine: EngineName, folder: Path, dummy: bool, workloads: Sequence[Requests]) -> dict[str, Any]:
     """What every setup of an engine is told: context, sequences and tokens at a time, share of the GPU's memory."""
     context = max(each.longest for each in workloads)

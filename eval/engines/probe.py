@@ -91,11 +91,11 @@ def probed_llm(arguments: Mapping[str, Any]) -> Any:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Of the parameters and persistent buffers, shared ones once. Tables made at every start (RoPE) do not count."""
+    """Bytes of the parameters and persistent buffers, shared ones once; without tables made at every start (RoPE)."""
     return storage_bytes(model.state_dict(keep_vars=True).values())
 
 
 def storage_bytes(values: Any) -> int:
-    """Of the memory behind the tensors among `values`, each piece once."""
+    """Bytes of the memory behind the tensors among `values`, each piece once."""
     storages = [value.untyped_storage() for value in values if isinstance(value, Tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

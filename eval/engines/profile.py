@@ -1,8 +1,8 @@
 """Where a decode step's time goes, in the small engine and in vLLM beside it; each setup in a process of its own.
 
 A step is one token for each of `batch` requests, all of which decode. Its time comes from steps without the profiler,
-its parts (`kernel_parts`) from as many steps with torch's. Beside them stands what no engine can go below: reading the
-weights, and the keys and values, once at the rate that this card reaches (`bench_timing.measure_ceilings`).
+its parts (see `parts`) from as many steps with torch's. Beside them stands what no engine can go below: reading the
+weights, and the keys and values, once at the rate that this card reaches (`kernels.timing.measure_ceilings`).
 """
 
 import itertools
@@ -106,7 +106,7 @@ def profile_row(
     run: dict[str, Any],
     result: dict[str, Any],
 ) -> ProfileRow:
-    """The row of one run of `step_profile_worker`, whose arithmetic is in bf16."""
+    """The row of one run of `profile_worker.measure`, whose arithmetic is in bf16."""
     import torch
 
     embedding = 0 if model.tie_word_embeddings else 2 * model.vocab_size * model.hidden_size

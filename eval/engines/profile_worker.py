@@ -1,10 +1,4 @@
-"""Decode steps of one engine, timed and profiled, for `processes.run_worker`.
-
-The request on stdin is {"engine": "baseline" or "vllm", "arguments": those of `EngineConfig` or `vllm.LLM`, "dummy":
-whether the weights are random, "steps": how many count, "runs": [{"prompts": token ids of each, "tokens": how many to
-ask for after each, "sampling": arguments of `SamplingParams`}]}. The file RESULT receives {"weights": bytes,
-"read_tb_s": what the card reads at best, null on the CPU, "attention", "runs": [what `timed` and `profiled` return]}.
-"""
+"""Decode steps of one engine, timed and profiled in this process; `profile.run_setup` gives it a process of its own."""
 
 import asyncio
 import gc
@@ -21,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from rowint8.eval.engines.parts import Interval, device_work, longest, operator_work, part_ms
 
 WARM_TOKENS = 8
-"""Of each request, before the steps that count."""
+"""Tokens that each request has before the steps that count."""
 
 
 class Running(Protocol):
@@ -52,7 +46,20 @@ class Running(Protocol):
 
 
 def measure(engine: str, arguments: dict[str, Any], dummy: bool, runs: list[dict], steps: int) -> dict[str, Any]:
-    """Starts the engine and measures each run: first all without the profiler, which once started slows launches."""
+    """Starts the engine and measures each run: first all without the profiler, which once started slows launches.
+
+    Args:
+        engine: "baseline" or "vllm".
+        arguments: of `EngineConfig` or `vllm.LLM`.
+        dummy: the weights are random.
+        runs: of each {"prompts": token ids, "tokens": how many to ask for after each, "sampling": arguments of
+            `SamplingParams`}.
+        steps: how many count.
+
+    Returns:
+        {"weights": bytes, "read_tb_s": what the card reads at best, None on the CPU, "attention", "runs": for each what
+        `timed` and `profiled` return}.
+    """
     read_tb_s = _read_ceiling()
     running: Running = (Baseline if engine == "baseline" else Vllm)(arguments, dummy)
     found = [timed(running, run, steps) for run in runs]

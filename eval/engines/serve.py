@@ -33,7 +33,7 @@ class Load:
     prompt_tokens: int
     output_tokens: int
     seconds: float
-    """Of sending, for each rate."""
+    """How long to send at each rate."""
     goodput: Mapping[str, float]
     """Limits in ms that a request must meet to count, by the names in LIMITS."""
 

@@ -12,7 +12,7 @@ Generate = Callable[[list[list[int]], list[int]], dict[str, Any]]
 "token_times": for each prompt when each of its tokens came}, in seconds on one clock. The small engine also says
 "host_s" (the host's own work in the median step), "kv_waste" and "attention"."""
 Read = Callable[[], list[dict[str, Any]]]
-"""Of each rank {"weights": bytes, "peak_mem": bytes since the call before, "compiled": names since then}."""
+"""-> for each rank {"weights": bytes, "peak_mem": bytes since the call before, "compiled": names since then}."""
 
 
 def bench(engine: str, arguments: dict[str, Any], dummy: bool, workloads: list[dict[str, Any]]) -> dict[str, Any]:

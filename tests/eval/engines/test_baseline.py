@@ -80,3 +80,9 @@ def test_the_command_on_a_tiny_model(tmp_path):
     assert rows[2].weights_gib < rows[0].weights_gib
     bad = CliRunner().invoke(app, ["bench", "engine", "--setups", "int3"])
     assert bad.exit_code != 0
+
+
+def test_transformers_gets_no_requests_of_different_sizes():
+    workloads = [uniform_requests(Workload(3, 8, 5), 50), throughput_requests(50, 4)]
+    assert job.answerable("transformers", workloads) == workloads[:1]
+    assert job.answerable("baseline", workloads) == job.answerable("vllm", workloads) == workloads
