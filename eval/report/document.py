@@ -4,7 +4,7 @@ What is not measured is printed as TBD. New files of a known kind need no change
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rowint8.eval.errors import EvalError
@@ -36,6 +36,8 @@ from rowint8.eval.tables import Table
 
 Found = Mapping[str, Results]
 """Result files by their names without ".json"."""
+Section = Callable[[Results], str]
+"""Makes Markdown of a result file."""
 
 _SPREADS = {"ttft_ms": "TTFT", "tok_s": "tok/s"}
 _LLAMA_FILES = ("engine-h200", "vllm-h200", "engine-h100", "vllm-h100")
@@ -89,19 +91,19 @@ def parts(found: Found) -> dict[str, str]:
     kernels = found.get("kernels-h200")
     return {
         "kernels": f"{short_table(kernels)}\n{tallies(_of_kind(found, KernelRow))}",
-        "quality": quality_summary(found.get("quality-smollm2")),
-        "quality-h100": quality_summary(found.get("quality-h100")),
+        "quality": _section(found, "quality-smollm2", quality_summary),
+        "quality-h100": _section(found, "quality-h100", quality_summary),
         "agreement": _agreement(found),
         "limits": limits(kernels),
         "compiler": compiler_table(found.get("kernels-compile-h100")),
         "gaps": _gaps(found),
-        "vllm": vllm_part(found.get("vllm-h200")),
-        "vllm-h100": vllm_part(found.get("vllm-h100")),
-        "vllm-tp2": "\n".join(vllm_part(found.get(f"vllm-{cards}")) for cards in ("h100x2", "h200x2")),
-        "fidelity": fidelity_line(found.get("fidelity-smollm2")),
-        "profile": parts_part(profile.rows) if (profile := found.get("profile-h100")) else TBD,
-        "engine": engine_part(found.get("engine-h200")),
-        "engine-cpu": engine_part(found.get("engine-cpu")),
+        "vllm": _section(found, "vllm-h200", vllm_part),
+        "vllm-h100": _section(found, "vllm-h100", vllm_part),
+        "vllm-tp2": "\n".join(_section(found, f"vllm-{cards}", vllm_part) for cards in ("h100x2", "h200x2")),
+        "fidelity": _section(found, "fidelity-smollm2", fidelity_line),
+        "profile": _section(found, "profile-h100", parts_part),
+        "engine": _section(found, "engine-h200", engine_part),
+        "engine-cpu": _section(found, "engine-cpu", engine_part),
     }
 
 
@@ -112,7 +114,7 @@ def report(found: Found) -> str:
         "Whole engines": _engines(found),
         "Prompt processing and token generation": _pp_tg(found),
         "Serving under load": _serving(found),
-        "Where a decode step's time goes": _chapters(found, ProfileRow, _profile, "profile-h100"),
+        "Where a decode step's time goes": _chapters(found, ProfileRow, profile_section, "profile-h100"),
         "Kernels": "\n".join([tallies(kernels), _chapters(found, KernelRow, kernel_section, "kernels-h100")]),
         "Memory": memory_section(read_ceilings(found)),
         "Quality": _quality(found),
@@ -129,10 +131,14 @@ def _of_kind(found: Found, kind: type) -> dict[str, Results]:
     return {stem: results for stem, results in found.items() if isinstance(results.rows[0], kind)}
 
 
-def _chapters(found: Found, kind: type, section, expected: str) -> str:
+def _chapters(found: Found, kind: type, section: Section, expected: str) -> str:
     """A chapter for every file with such rows, and for the expected one in any case."""
-    chosen = {expected: None, **_of_kind(found, kind)}
-    return "\n".join(f"### {stem}\n\n{section(results) if results else TBD}\n" for stem, results in chosen.items())
+    stems = dict.fromkeys([expected, *_of_kind(found, kind)])
+    return "\n".join(f"### {stem}\n\n{_section(found, stem, section)}\n" for stem in stems)
+
+
+def _section(found: Found, stem: str, section: Section) -> str:
+    return section(found[stem]) if stem in found else TBD
 
 
 def _engines(found: Found) -> str:
@@ -196,10 +202,6 @@ def _serving(found: Found) -> str:
     rows = [(stem, row) for stem, results in _of_kind(found, ServeRow).items() for row in results.rows]
     missing = Table(COLUMNS, [["serve-h100", *[TBD] * (len(COLUMNS) - 1)]])
     return (serve_table(rows) if rows else missing).markdown()
-
-
-def _profile(results: Results[ProfileRow] | None) -> str:
-    return f"{results.environment.device}\n\n{profile_section(results.rows)}" if results else TBD
 
 
 def _quality(found: Found) -> str:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from itertools import groupby
 
-from rowint8.eval.markdown import TBD
 from rowint8.eval.results.files import Results
 from rowint8.eval.results.schema import EngineRow
 from rowint8.eval.tables import Column, Table
@@ -47,10 +46,8 @@ def ladder_table(rows: Sequence[EngineRow]) -> Table:
     return Table(_COLUMNS, lines, title="engines", note=_NOTE, words=2, grouped=True)
 
 
-def engine_part(results: Results[EngineRow] | None) -> str:
+def engine_part(results: Results[EngineRow]) -> str:
     """The table in Markdown, with where it was measured."""
-    if results is None:
-        return TBD
     environment = results.environment
     head = f"{environment.device}, vLLM {environment.vllm or 'not installed'}, torch {environment.torch}.\n\n"
     return head + ladder_table(results.rows).markdown()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from rowint8.eval.markdown import folded
+from rowint8.eval.results.files import Results
 from rowint8.eval.results.schema import PARTS, ProfileRow
 from rowint8.eval.tables import Table
 
@@ -72,13 +73,15 @@ def _turned(table: Table) -> Table:
     return Table(["batch x context", *cases], told, table.title, table.note)
 
 
-def parts_part(rows: Sequence[ProfileRow]) -> str:
+def parts_part(results: Results[ProfileRow]) -> str:
     """The parts in Markdown, with what the columns mean."""
-    return f"{parts_table(rows).markdown()}\n{_PARTS_NOTE}.\n"
+    return f"{parts_table(results.rows).markdown()}\n{_PARTS_NOTE}.\n"
 
 
-def profile_section(rows: Sequence[ProfileRow]) -> str:
+def profile_section(results: Results[ProfileRow]) -> str:
     """Parts and suspects in Markdown, with the longest kernels of each row behind a click."""
+    rows = results.rows
     lines = [[*_case(row), f"`{name}`", f"{ms:.3f}"] for row in rows for name, ms in row.longest_ms.items()]
     longest = folded("Longest kernels", Table([*_CASE, "kernel", "ms a step"], lines).markdown())
-    return f"{parts_part(rows)}\n{suspects_table(rows).markdown()}\n{_SUSPECTS_NOTE}.\n\n{longest}"
+    head = f"{results.environment.device}\n\n{parts_part(results)}"
+    return f"{head}\n{suspects_table(rows).markdown()}\n{_SUSPECTS_NOTE}.\n\n{longest}"

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from itertools import groupby
 
-from rowint8.eval.markdown import TBD
 from rowint8.eval.results.files import Results
 from rowint8.eval.results.schema import AgreementRow, FidelityRow, QualityRow
 from rowint8.eval.tables import Column, Table
@@ -67,10 +66,8 @@ def difference_text(row: QualityRow) -> str:
     return "" if row.difference is None else f"{row.difference:+.4f} ± {row.difference_stderr or 0.0:.4f}"
 
 
-def quality_summary(results: Results[QualityRow] | None) -> str:
+def quality_summary(results: Results[QualityRow]) -> str:
     """Each metric of each task without quantization, and what the other backends say differently, in Markdown."""
-    if results is None:
-        return TBD
     first = results.rows[0]
     backends = list(dict.fromkeys(map(backend_name, results.rows)))
     cases: dict[tuple[str, str], list[str]] = {}
@@ -104,10 +101,8 @@ def fidelity_table(rows: Sequence[FidelityRow]) -> Table:
     )
 
 
-def fidelity_line(results: Results[FidelityRow] | None) -> str:
+def fidelity_line(results: Results[FidelityRow]) -> str:
     """The ways of rounding on one line each, in Markdown; layers that were rounded alone are in the report."""
-    if results is None:
-        return TBD
     lines = [
         [row.setup, f"{row.perplexity:.3f}", f"{1000 * row.kl_mean:.2f}", f"{row.same_top1:.1%}"]
         for row in results.rows

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from rowint8.eval.markdown import TBD, number
+from rowint8.eval.markdown import number
 from rowint8.eval.results.files import Results
 from rowint8.eval.results.schema import VllmRow
 from rowint8.eval.tables import Table
@@ -11,10 +11,8 @@ BASE = "bf16"
 """The setup that ratios are taken to."""
 
 
-def vllm_part(results: Results[VllmRow] | None) -> str:
+def vllm_part(results: Results[VllmRow]) -> str:
     """Time between tokens while decoding, TTFT of prompts alone, start and weights; in brackets bf16's over it."""
-    if results is None:
-        return TBD
     environment = results.environment
     head = f"{environment.device}, vLLM {environment.vllm}, torch {environment.torch}; "
     head += f"medians of {results.rows[0].repeats}, in brackets {BASE}'s time / this one's.\n\n"

@@ -18,6 +18,8 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Dtype = Name
+"""The arithmetic's, such as "bfloat16"."""
 EngineName = Literal["baseline", "vllm", "transformers"]
 
 PARTS: tuple[str, ...] = ("matmul", "attention", "norm", "elementwise", "sampling", "copies", "other", "gaps")
@@ -114,10 +116,8 @@ class QualityRow:
     metric: Name
     """lm-eval's name, such as "acc" (in [0, 1]) or "word_perplexity", with ",filter" where there are several; or
     "logprob": log-probability (natural) of the right answer among several, mean over questions."""
-    dtype: Name
-    """The arithmetic's, such as "bfloat16"."""
+    dtype: Dtype
     questions: Count
-    """Questions or documents."""
     value: float
     stderr: NotNegative | None
     """None where there is no way to tell, as for metrics that are not made of one number a question."""
@@ -136,8 +136,7 @@ class AgreementRow:
 
     kind: Literal["agreement"] = "agreement"
     setup: Name
-    dtype: Name
-    """The arithmetic's in both engines."""
+    dtype: Dtype
     prompt: Name
     tokens: Count
     """Tokens that each engine generates."""
@@ -160,10 +159,8 @@ class FidelityRow:
     """Name of the text's file."""
     window: Count
     """Tokens the model sees at a time."""
-    dtype: Name
-    """The arithmetic's."""
+    dtype: Dtype
     tokens: Count
-    """Tokens predicted."""
     perplexity: Positive
     nll_difference: float
     """Mean negative log-likelihood of the text's tokens less the unquantized model's, nats."""
@@ -211,9 +208,8 @@ class ProfileRow:
     padding: Share | None
     """Share of the rows that a step computes, in a CUDA graph, for no request."""
     kv_waste: Share | None
-    """As in `EngineRow`."""
+    """As in `EngineRow`, and so is `attention`."""
     attention: Name | None
-    """As in `EngineRow`."""
     weight_bytes: Count
     """All weights but an embedding that is no output layer: what a step must read."""
     kv_bytes: Count

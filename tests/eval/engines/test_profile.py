@@ -51,6 +51,7 @@ KERNELS = {
     "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<c10::BFloat16, at::native::ArgMaxOps<float>, ...>>": (
         "sampling"
     ),
+    "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::MaxOps<float>, ...>>": "sampling",
     "void at::native::(anonymous namespace)::cunn_SoftMaxForward<4, float, ...>": "sampling",
     "void at_cuda_detail::cub::DeviceRadixSortOnesweepKernel<...>": "sampling",
     "void at::native::tensor_kernel_scan_innermost_dim<float, std::plus<float>>": "sampling",
@@ -163,7 +164,8 @@ def row(tmp_path) -> ProfileRow:
 
 
 def test_tables_say_shares_and_a_number_for_each_suspect(row):
-    text = profile_section([row, replace(row, engine="vllm", setup="bf16", host_ms=None, limit_ms=None)])
+    rows = row, replace(row, engine="vllm", setup="bf16", host_ms=None, limit_ms=None)
+    text = profile_section(Results(environment=describe_environment(), command="c", rows=rows))
     lines = [[cell.strip() for cell in line.strip("| \n").split(" | ")] for line in text.splitlines()]
     parts, suspects = (line for line in lines if line[:3] == ["int8-fused", "3", "1000"] and len(line) > 5)
     assert parts[3:6] == ["4.000", "2.000 (50%)", "1.000 (25%)"]
