@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from rowint8.eval.errors import EvalError
-from rowint8.eval.quality.fidelity_setups import Setup, Weights
+from rowint8.eval.quality.fidelity_setups import Weights, WeightSet
 from rowint8.eval.results.schema import FidelityRow
 
 CHUNK = 128
@@ -58,7 +58,7 @@ class Fidelity:
         self.reference_hidden = list(self._hidden())
 
     @torch.inference_mode()
-    def score(self, setup: Setup) -> TokenScores:
+    def score(self, setup: WeightSet) -> TokenScores:
         """Runs the text through the setup's weights and compares token by token."""
         self._apply(setup.weights)
         parts = []
@@ -103,7 +103,7 @@ def _compare(logp: Tensor, logq: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
 
 
 def measure(
-    model: Fidelity, setups: Sequence[Setup], text: str, advance: Callable[[], None] = lambda: None
+    model: Fidelity, setups: Sequence[WeightSet], text: str, advance: Callable[[], None] = lambda: None
 ) -> Iterator[FidelityRow]:
     """The row of the unquantized model, then one for each setup; `advance` is called after each."""
     for index, setup in enumerate(setups):

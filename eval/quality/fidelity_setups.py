@@ -25,7 +25,7 @@ Weights = Callable[[], Iterator[tuple[str, Tensor]]]
 
 
 @dataclass(frozen=True)
-class Setup:
+class WeightSet:
     """A set of weights with a name for the table."""
 
     name: str
@@ -67,20 +67,20 @@ def choose(names: Sequence[str] | None) -> Sequence[str]:
     return names or QUANTIZATIONS
 
 
-def rounded_setup(source: Source, quantization: str) -> Setup:
+def rounded_setup(source: Source, quantization: str) -> WeightSet:
     """One of QUANTIZATIONS over all linear layers; "+lm_head" takes the output layer too (and a tied embedding)."""
     rounding, _, head = quantization.partition("+")
     layers = source.layers | ({output_layer(source)} if head else frozenset())
-    return Setup(quantization, _rounded(source, ROUNDINGS[rounding], layers))
+    return WeightSet(quantization, _rounded(source, ROUNDINGS[rounding], layers))
 
 
-def ablation_setups(source: Source) -> list[Setup]:
+def ablation_setups(source: Source) -> list[WeightSet]:
     """rowint8 in one kind of layer at a time ("only q_proj", ...), the output layer last."""
     by_kind: dict[str, set[str]] = {}
     for layer in sorted(source.layers):
         by_kind.setdefault(layer.rpartition(".")[2], set()).add(layer)
     by_kind["lm_head"] = {output_layer(source)}
-    return [Setup(f"only {kind}", _rounded(source, round_rowint8, layers)) for kind, layers in by_kind.items()]
+    return [WeightSet(f"only {kind}", _rounded(source, round_rowint8, layers)) for kind, layers in by_kind.items()]
 
 
 def output_layer(source: Source) -> str:
@@ -110,7 +110,7 @@ def _rounded(source: Source, rounding: Callable[[Tensor], Tensor], layers: Colle
     return weights
 
 
-def stored_setup(folder: Path) -> Setup:
+def stored_setup(folder: Path) -> WeightSet:
     """The weights of a rowint8 checkpoint.
 
     Raises:
@@ -129,7 +129,7 @@ def stored_setup(folder: Path) -> Setup:
             if not name.endswith(".weight_scale"):
                 yield name, _read_dequantized(places, name)
 
-    return Setup(folder.name, weights)
+    return WeightSet(folder.name, weights)
 
 
 def _read_dequantized(places: dict[str, Path], name: str) -> Tensor:

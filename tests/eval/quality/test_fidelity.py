@@ -103,7 +103,7 @@ def test_ablation_rounds_one_kind_at_a_time(folder):
 
 
 def test_unchanged_weights_cost_nothing(folder):
-    scores = scores_of(folder, lambda source: setups.Setup("same", setups.original(source)))
+    scores = scores_of(folder, lambda source: setups.WeightSet("same", setups.original(source)))
     assert scores.kl.abs().max() == 0
     assert torch.equal(scores.nll, scores.reference_nll)
     assert scores.same_top1.all()
