@@ -144,16 +144,10 @@ def _unflatten(out: Tensor, x: Tensor) -> Tensor:
     return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
 
-def _linear_cuda(*given: Any) -> Tensor:
+def _product_cuda(op: str, *given: Any) -> Tensor:
     from rowint8.kernels.dispatch import run
 
-    return run("linear", *given)
-
-
-def _swiglu_cuda(*given: Any) -> Tensor:
-    from rowint8.kernels.dispatch import run
-
-    return run("swiglu", *given)
+    return run(op, *given)
 
 
 def _add_rms_norm_cuda(*given: Any) -> tuple[Tensor, Tensor]:
@@ -181,7 +175,7 @@ _OPERATORS = {
         outputs=lambda x, values, *_: x.new_empty(*x.shape[:-1], values.shape[0]),
         run=_product,
         cpu=cpu.linear,
-        cuda=_linear_cuda,
+        cuda=partial(_product_cuda, "linear"),
     ),
     "swiglu": _Operator(
         "(Tensor x, Tensor values, Tensor scale) -> Tensor",
@@ -189,7 +183,7 @@ _OPERATORS = {
         outputs=lambda x, values, *_: x.new_empty(*x.shape[:-1], values.shape[0] // 2),
         run=_product,
         cpu=cpu.swiglu,
-        cuda=_swiglu_cuda,
+        cuda=partial(_product_cuda, "swiglu"),
     ),
     "add_rms_norm": _Operator(
         "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
@@ -203,6 +197,8 @@ _OPERATORS = {
 
 
 def _checked(check: Callable[..., None], then: Callable[..., Any]) -> Callable[..., Any]:
+    """`then`, for arguments that fit together."""
+
     def operator(*given: Any) -> Any:
         check(*given)
         return then(*given)

@@ -22,6 +22,7 @@ from rowint8.kernels.shared_device_code import PREFETCH, silu_times
 from rowint8.kernels.tiles.types import TritonTile
 
 _TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+"""What the operands of a product are widened to: the activations' dtype, as INT8 values are exact in all three."""
 _RUN = tl.constexpr(8)
 """Neighbours in K of a 16-byte load of 16-bit activations."""
 
@@ -44,45 +45,10 @@ def _overlap_previous(values, rows, K, BLOCK_N: tl.constexpr, BYTES: tl.constexp
 def _widened(w, DOT: tl.constexpr):
     """INT8 values in DOT, exactly. To fp16 the compiler would convert one by one."""
     if DOT == tl.float16:  # noqa: SIM300
-        wide = tl.inline_asm_elementwise(
-            FOUR_TO_FP16,
-            "=r,=r,r",
-            [w],
-            dtype=tl.float16,
-            is_pure=True,
-            pack=4,
-        )
+        wide = tl.inline_asm_elementwise(FOUR_TO_FP16, "=r,=r,r", [w], dtype=tl.float16, is_pure=True, pack=4)
     else:
         wide = w.to(DOT)
     return wide
-
-
-@triton.jit
-def _dot_product(
-    x,
-    values,
-    rows,  # [BN] int64
-    tokens,  # [BM] int64
-    M,
-    K,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SLICES: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    """acc[BN, BM] = values[rows] @ x[tokens]^T in fp32, on tensor cores.
-
-    The weight is the left operand: Hopper's wgmma takes it from registers, where it has just been widened, and the
-    tokens, often few, sit on wgmma's short side (multiples of 8). With few tokens a block has work for one warp only;
-    SLICES of K, each of BLOCK_K / SLICES, then go to different warps, whose sums are added at the end.
-    """
-    if SLICES > 1:
-        acc = _sliced_dot_product(x, values, rows, tokens, M, K, BLOCK_N, BLOCK_M, BLOCK_K, SLICES, EVEN_K, DOT)
-    else:
-        acc = _plain_dot_product(x, values, rows, tokens, M, K, BLOCK_N, BLOCK_M, BLOCK_K, EVEN_K, DOT)
-    return acc
 
 
 @triton.jit
@@ -99,6 +65,11 @@ def _plain_dot_product(
     EVEN_K: tl.constexpr,
     DOT: tl.constexpr,
 ):
+    """acc[BN, BM] = values[rows] @ x[tokens]^T in fp32, on tensor cores, for int64 rows [BN] and tokens [BM].
+
+    The weight is the left operand: Hopper's wgmma takes it from registers, where it has just been widened, and the
+    tokens, often few, sit on wgmma's short side (multiples of 8).
+    """
     ks = tl.arange(0, BLOCK_K)
     w_ptrs = values + rows[:, None] * K + ks[None, :]  # [BN, BK]
     x_ptrs = x + tokens[None, :] * K + ks[:, None]  # [BK, BM]
@@ -131,6 +102,8 @@ def _sliced_dot_product(
     EVEN_K: tl.constexpr,
     DOT: tl.constexpr,
 ):
+    """The same for few tokens, where a block has work for one warp only: SLICES of K, each of BLOCK_K / SLICES, go to
+    different warps, whose sums are added at the end."""
     SLICE: tl.constexpr = BLOCK_K // SLICES
     ks = tl.arange(0, SLICES)[:, None] * SLICE + tl.arange(0, SLICE)[None, :]  # [S, BK / S]
     w_ptrs = values + rows[None, :, None] * K + ks[:, None, :]  # [S, BN, BK / S]
@@ -151,17 +124,10 @@ def _sliced_dot_product(
 
 @triton.jit
 def _vector_product(
-    x,
-    values,
-    rows,  # [BN] int64
-    token,  # int64 scalar
-    K,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    DOT: tl.constexpr,
+    x, values, rows, token, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, DOT: tl.constexpr
 ):
-    """acc[BN] = values[rows] @ x[token] in fp32, on CUDA cores: for one token tensor cores have nothing to win.
+    """acc[BN] = values[rows] @ x[token] in fp32 for int64 rows [BN]: on CUDA cores, as one token leaves tensor cores
+    nothing to win.
 
     A thread loads _RUN neighbours of a row, as many as of the token in one load, and adds up their products at once. So
     it keeps few sums, and a multiprocessor has room for many warps that wait for memory at the same time.
@@ -267,14 +233,14 @@ def many_tokens_kernel(
     K,
     FUSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SLICES: tl.constexpr,
-    GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     DOT: tl.constexpr,
     PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SLICES: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """Grid (blocks of the M tokens times blocks of the N outputs,): one tile of out^T per program."""
     OUTPUTS: tl.constexpr = BLOCK_N // 2 if FUSED else BLOCK_N
@@ -283,7 +249,10 @@ def many_tokens_kernel(
     rows = _weight_rows(pid_n, N, BLOCK_N, FUSED)
     if PDL:
         _overlap_previous(values, rows, K, BLOCK_N, 2 * BLOCK_K)
-    acc = _dot_product(x, values, rows, tokens, M, K, BLOCK_N, BLOCK_M, BLOCK_K, SLICES, EVEN_K, DOT)  # [BN, BM]
+    if SLICES > 1:
+        acc = _sliced_dot_product(x, values, rows, tokens, M, K, BLOCK_N, BLOCK_M, BLOCK_K, SLICES, EVEN_K, DOT)
+    else:
+        acc = _plain_dot_product(x, values, rows, tokens, M, K, BLOCK_N, BLOCK_M, BLOCK_K, EVEN_K, DOT)
     acc *= tl.load(scale + rows).to(tl.float32)[:, None]
     if HAS_BIAS:
         acc += tl.load(bias + rows).to(tl.float32)[:, None]
@@ -316,7 +285,7 @@ def triton_product(
 
 
 def grid(tile: TritonTile, m: int, n: int, fused: bool) -> tuple[int, int, int]:
-    """Programs for m tokens with n outputs each. Of a grid only the first axis takes more than 65,535."""
+    """Programs for m tokens with n outputs each. Only the first axis of a grid takes more than 65,535."""
     across = blocks(n, tile.block_n // (1 + fused))
     return (across, m, 1) if tile.block_m == 1 else (blocks(m, tile.block_m) * across, 1, 1)
 
@@ -328,18 +297,10 @@ def _constants(
     """The kernel's parameters behind its arguments, in order, and options for compiling it."""
     pdl = tile.overlaps and dependent_launch(device)
     options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=pdl)
-    first = dict(FUSED=fused, HAS_BIAS=has_bias)
-    rows = dict(BLOCK_N=tile.block_n, BLOCK_K=tile.block_k)
-    last = dict(EVEN_K=k % tile.block_k == 0, DOT=dot_dtype(dtype), PDL=pdl)
-    if tile.block_m == 1:
-        return {**first, **rows, **last}, options
-    return {**first, "BLOCK_M": tile.block_m, **rows, "SLICES": tile.slices, "GROUP": tile.group, **last}, options
-
-
-def dot_dtype(dtype: torch.dtype) -> tl.dtype:
-    """The dtype that the operands of a product take for activations of `dtype`.
-
-    That is the activation dtype itself (INT8 values are exact in all three), except under TRITON_INTERPRET=1, whose
-    dot of bf16 operands is silently wrong: there both operands are widened to fp32.
-    """
-    return tl.float32 if knobs.runtime.interpret else _TRITON_DTYPE[dtype]
+    # The interpreter's dot of bf16 operands is silently wrong: there both operands are widened to fp32.
+    dot = tl.float32 if knobs.runtime.interpret else _TRITON_DTYPE[dtype]
+    constants = dict(FUSED=fused, HAS_BIAS=has_bias, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k)
+    constants |= dict(EVEN_K=k % tile.block_k == 0, DOT=dot, PDL=pdl)
+    if tile.block_m > 1:
+        constants |= dict(BLOCK_M=tile.block_m, SLICES=tile.slices, GROUP=tile.group)
+    return constants, options

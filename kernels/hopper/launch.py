@@ -59,7 +59,7 @@ def _constants(tile: HopperTile, fused: bool, has_bias: bool) -> dict[str, Confi
 
 _STREAMS = 64
 _FLAGS = 4
-"""Of one program: for up to four consumers."""
+"""A program has up to four consumers, each with a flag."""
 _next_place: defaultdict[torch.device, Iterator[int]] = defaultdict(count)
 
 

@@ -159,7 +159,7 @@ def compare(before: Path, after: Path) -> Counter[str]:
 
 
 def _outcome(before: Path, after: Path) -> str:
-    """ "same PTX", "same SASS" or "different", with what the binaries take."""
+    """What is the same of a kernel, or else what its binaries take; the paths are without suffixes."""
     if not all(each.with_suffix(".ptx").exists() for each in (before, after)):
         return "missing"
     if len({each.with_suffix(".ptx").read_text() for each in (before, after)}) == 1:
@@ -168,8 +168,8 @@ def _outcome(before: Path, after: Path) -> str:
     if texts[0] == texts[1]:
         return "same SASS"
     taken = [re.sub(r" (TEXTURE|SURFACE|SAMPLER).*", "", text[0]) + f", {len(text)} instructions" for text in texts]
-    moved = sum((Counter(texts[0]) - Counter(texts[1])).values())
-    return f"different: {taken[0]} -> {taken[1]}, {moved} of the former are gone"
+    gone = sum((Counter(texts[0]) - Counter(texts[1])).values())
+    return f"different: {taken[0]} -> {taken[1]}, {gone} of the former are gone"
 
 
 def _compile_all(work: Callable[[Launch], list]) -> Iterator:

@@ -12,7 +12,7 @@ from rowint8.kernels.tiles.card import Card
 from rowint8.kernels.tiles.pick import Product, pick_hopper_tile, pick_triton_tile
 from rowint8.kernels.tiles.types import HOPPER_TILES, TritonTile
 from tests.conftest import REPO
-from tests.kernels.compile_kernels import PRODUCTS, TOKENS
+from tests.kernels.compile_kernels import PRODUCTS, TOKENS, compare
 from tests.kernels.fake_cards import CARDS
 
 TENSOR_MEMORY = 512
@@ -73,7 +73,7 @@ def test_loops_over_k_have_their_addresses_at_hand(reports):
 
 
 def consumers(tile: str) -> int:
-    """Of a Hopper tile such as 128x2*64x2*64: across times deep."""
+    """Across times deep, of a Hopper tile such as 128x2*64x2*64."""
     _, rows, k = tile.split("x")
     return int(rows.split("*")[0]) * int(k.split("*")[0])
 
@@ -96,3 +96,17 @@ def tiles_within(value):
     elif isinstance(value, (dict, tuple)):
         for each in value.values() if isinstance(value, dict) else value:
             yield from tiles_within(each)
+
+
+def test_code_of_two_versions_is_compared(tmp_path, capsys):
+    for folder, versions in (("before", "aaaa"), ("after", "abbc")):
+        (tmp_path / folder).mkdir()
+        for name, version in enumerate(versions):
+            ptx = "same" if name == 0 else version
+            sass = "REG:32\nMOV;" if name < 2 else f"REG:32\n{version};"
+            (tmp_path / folder / f"{name}.ptx").write_text(ptx)
+            (tmp_path / folder / f"{name}.sass").write_text(sass)
+    (tmp_path / "after" / "3.ptx").unlink()
+    outcomes = compare(tmp_path / "before", tmp_path / "after")
+    assert outcomes == {"same PTX": 1, "same SASS": 1, "different": 1, "missing": 1}
+    assert "2 different: REG:32, 2 instructions -> REG:32, 2 instructions, 1 of the former" in capsys.readouterr().out

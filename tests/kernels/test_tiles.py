@@ -50,7 +50,7 @@ def test_tiles_are_frozen():
 @pytest.mark.parametrize("m", [1, 16, 5000])
 @pytest.mark.parametrize("op", ["linear", "swiglu"])
 def test_the_largest_vocabulary_fits_a_grid(op, m):
-    """Of a grid only the first axis takes more than 65535 blocks."""
+    """Only the first axis of a grid takes more than 65535 blocks."""
     fused = op == "swiglu"
     across, *others = grid(picked("sm90", op, m, 256_000, 16), m, 256_000 // (1 + fused), fused)
     assert max(others) <= 65_535
