@@ -1,22 +1,22 @@
 """Safetensors into a model, one tensor at a time, quantized on the way or already INT8. Nothing is ever unpickled.
 
-The model's weights are allocated once, in their final format. Each checkpoint tensor is mapped from its file, copied or
-quantized into its place, and unmapped: beyond the final weights, loading holds one tensor.
+Headers are compared with config.json before memory is taken. The weights are allocated once, in their final format.
+Each checkpoint tensor is mapped from its file, copied or quantized into its place, and unmapped: beyond the final
+weights, loading holds one tensor.
 """
 
-import json
-import os
-import shutil
-import tempfile
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rowint8.baseline_engine.errors import EngineError
-from rowint8.baseline_engine.layers import Int8Linear, Slot, WeightFormat, copy_slot
+from rowint8.baseline_engine.errors import EngineError, one_line, shown
+from rowint8.baseline_engine.files import read_json, require_file
+from rowint8.baseline_engine.layers import Int8Linear, Place, WeightFormat, copy_into
 from rowint8.baseline_engine.model import Decoder
 from rowint8.baseline_engine.model_config import ModelConfig
 from rowint8.baseline_engine.progress import progress_bar
@@ -32,9 +32,16 @@ _INT8_DTYPES, _SCALE_DTYPES = ("I8",), ("F16",)
 class StoredInt8Linear(Int8Linear):
     """INT8 rows that the checkpoint already holds: `<name>.weight` int8 [N, K] and `<name>.weight_scale` fp16 [N]."""
 
-    def _weight_slots(self, name: str, rows: slice) -> dict[str, Slot]:
+    def _weight_places(self, name: str, rows: slice) -> dict[str, Place]:
         values, scale = f"{name}.weight", f"{name}.weight_scale"
-        return {values: copy_slot(self.values[rows], values), scale: copy_slot(self.scale[rows], scale)}
+        copied = copy_into(self.scale[rows], scale)
+
+        def load_scale(tensor: Tensor) -> None:
+            if (tensor < 0).any():
+                raise ValueError(f"{scale}: holds negative scales")
+            copied.load(tensor)
+
+        return {values: copy_into(self.values[rows], values), scale: Place(copied.shape, load_scale)}
 
 
 class StoredInt8Format(WeightFormat):
@@ -50,46 +57,54 @@ def resolve_folder(model: str) -> Path:
     Raises:
         EngineError: it is neither, or the hub cannot be reached.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
+    try:
+        folder = Path(model).expanduser()
+        if folder.is_dir():
+            return folder
+    except (OSError, RuntimeError) as error:  # a name too long, or ~ of nobody
+        raise EngineError(f"model {shown(model)} is no folder here: {one_line(error)}") from error
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise EngineError(f"model {model!r} is no folder here; give a folder or a hub name such as owner/name")
+        raise EngineError(f"model {shown(model)} is no folder here; give a folder or a hub name such as owner/name")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(model, allow_patterns=list(HUB_FILES)))
     except Exception as error:  # network, hub and cache errors have no common base class
         reason = str(error).split("\n")[0] or type(error).__name__
-        raise EngineError(f"model {model!r} is no folder here and cannot be fetched from the hub: {reason}") from error
+        raise EngineError(
+            f"model {shown(model)} is no folder here and cannot be fetched from the hub: {reason}"
+        ) from error
 
 
-def load_model(folder: Path, config: ModelConfig, form: WeightFormat, *, progress: bool = False) -> Decoder:
+def load_model(folder: Path, config: ModelConfig, weight_format: WeightFormat, *, progress: bool = False) -> Decoder:
     """Builds the model and fills it from the folder's safetensors; `progress` shows a bar on a terminal's stderr.
 
     Raises:
-        EngineError: a shard or tensor is missing, unknown, truncated, of the wrong shape or dtype, or holds NaN or Inf.
-            Names, shapes and dtypes are checked before the first weight is read.
+        EngineError: a shard or tensor is missing, unknown, truncated, of the wrong shape or dtype, or holds NaN, Inf or
+            a negative scale; or memory does not suffice. Names, shapes and dtypes are checked before memory is taken.
     """
     if config.int8_checkpoint:
-        form = StoredInt8Format(**vars(form))
+        weight_format = StoredInt8Format(**vars(weight_format))
     shards = {path: read_header(path) for path in shard_paths(folder)}
-    model = Decoder(config, form)
-    slots = model.slots()
-    _check_headers(shards, slots, tied=config.tie_word_embeddings)
+    _check_depth(shards, config)
+    sketch = Decoder(config, replace(weight_format, device=torch.device("meta")))
+    _check_tensors(shards, sketch.places(), tied=config.tie_word_embeddings)
+    _check_memory(sketch.weight_bytes, weight_format)
+    model = Decoder(config, weight_format)
+    places = model.places()
     total = sum(len(header) for header in shards.values())
     with progress_bar("loading weights", total, progress) as advance:
         for path, header in shards.items():
             for name in header:
-                if name in slots:
-                    _load_tensor(path, name, slots[name], form.device)
+                if name in places:
+                    _load_tensor(path, name, places[name], weight_format.device)
                 advance()
     return model
 
 
-def _load_tensor(path: Path, name: str, slot: Slot, device: torch.device) -> None:
+def _load_tensor(path: Path, name: str, place: Place, device: torch.device) -> None:
     try:
-        slot.load(read_tensor(path, name, device))
+        place.load(read_tensor(path, name, device))
     except (ValueError, SafetensorError, OSError) as error:
         raise EngineError(f"{path}: {error}") from error
 
@@ -105,21 +120,23 @@ def shard_paths(folder: Path) -> list[Path]:
     index = folder / _INDEX
     if not index.exists():
         if (folder / _SINGLE).exists():
-            return [folder / _SINGLE]
+            return [require_file(folder / _SINGLE)]
         others = sorted(path.name for path in folder.glob("*.bin")) or ["no weights"]
         raise EngineError(
             f"{folder} has neither {_SINGLE} nor {_INDEX}, but {', '.join(others)}; only safetensors load"
         )
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        names = []
-    if not names:
-        raise EngineError(f"{index} is no safetensors index (a JSON object with a weight_map); fetch it again")
+    weight_map = read_json(index).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise EngineError(f"{index} is no safetensors index (an object whose weight_map gives each tensor a file)")
+    names = sorted(set(names))
+    outside = [name for name in names if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
+    if outside:
+        raise EngineError(f"{index} names {shown(outside[0])}, which is outside of the folder; only files in it load")
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise EngineError(f"{folder}: {index.name} names {', '.join(missing)}, which is missing; fetch the model again")
-    return [folder / name for name in names]
+    return [require_file(folder / name) for name in names]
 
 
 def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -132,67 +149,52 @@ def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
         raise EngineError(f"{path} is truncated or no safetensors file ({error}); fetch it again") from error
 
 
-def _check_headers(shards: dict[Path, dict], slots: dict[str, Slot], *, tied: bool) -> None:
-    """Every slot has a tensor of its shape and dtype, and every tensor a slot."""
+def _check_depth(shards: dict[Path, dict], config: ModelConfig) -> None:
+    """The names decide how many layers are built: config.json may ask for any number."""
+    names = (name for header in shards.values() for name in header)
+    layers = {name.split(".")[2] for name in names if name.startswith("model.layers.")}
+    if len(layers) != config.num_layers:
+        folder = next(iter(shards)).parent
+        raise EngineError(f"{folder}: the weights have {len(layers)} layers; config.json asks for {config.num_layers}")
+
+
+def _check_tensors(shards: dict[Path, dict], places: dict[str, Place], *, tied: bool) -> None:
+    """Every place has one tensor of its shape and dtype, and every tensor a place."""
+    file_of: dict[str, Path] = {}
     for path, header in shards.items():
         for name, (shape, dtype) in header.items():
-            if name not in slots:
+            if name in file_of:
+                raise EngineError(f"{name} is in {file_of[name]} and in {path.name}; fetch the model again")
+            file_of[name] = path
+            if name not in places:
                 _check_ignorable(path, name, tied)
-            elif shape != slots[name].shape:
-                expected = list(slots[name].shape)
+            elif shape != places[name].shape:
+                expected = list(places[name].shape)
                 raise EngineError(f"{path}: {name} has shape {list(shape)}; config.json asks for {expected}")
-            elif dtype not in (accepted := _accepted_dtypes(name, slots)):
+            elif dtype not in (accepted := _accepted_dtypes(name, places)):
                 raise EngineError(f"{path}: {name} is {dtype}; accepted are {', '.join(accepted)}")
-    missing = sorted(slots.keys() - {name for header in shards.values() for name in header})
+    missing = sorted(places.keys() - file_of.keys())
     if missing:
         folder = next(iter(shards)).parent
         raise EngineError(f"{folder}: {missing[0]} is missing ({len(missing)} tensors in all); fetch the model again")
 
 
-def _accepted_dtypes(name: str, slots: dict[str, Slot]) -> tuple[str, ...]:
+def _accepted_dtypes(name: str, places: dict[str, Place]) -> tuple[str, ...]:
     """A weight that has a scale beside it is INT8."""
-    if f"{name}_scale" in slots:
+    if f"{name}_scale" in places:
         return _INT8_DTYPES
     return _SCALE_DTYPES if name.endswith(".weight_scale") else _FLOAT_DTYPES
+
+
+def _check_memory(needed: int, weight_format: WeightFormat) -> None:
+    """A GPU says so itself; the CPU's memory is promised without end, and who uses it is killed."""
+    free = psutil.virtual_memory().available
+    if weight_format.device.type == "cpu" and needed > free:
+        gib = 2**30
+        raise EngineError(f"the weights take {needed / gib:.1f} GiB of memory, of which {free / gib:.1f} are free")
 
 
 def _check_ignorable(path: Path, name: str, tied: bool) -> None:
     """A tied checkpoint may repeat its embedding as lm_head; old ones hold rotary frequencies, which are computed."""
     if not (tied and name == "lm_head.weight") and not name.endswith("rotary_emb.inv_freq"):
         raise EngineError(f"{path}: unexpected tensor {name}; config.json describes a model without it")
-
-
-def save_model(model: Decoder, source: Path, out: Path) -> None:
-    """Writes the model as it is held (INT8 as INT8), with the configuration and tokenizer of the folder `source`.
-
-    The folder `out` appears whole or not at all. Every tensor is copied to the host first.
-
-    Raises:
-        EngineError: `out` exists or cannot be written, or the output layer is INT8, for which there is no stored form.
-    """
-    from huggingface_hub import save_torch_state_dict
-
-    if model.form.int8_lm_head:
-        raise EngineError("a model with an INT8 output layer cannot be saved; load it without int8_lm_head")
-    if out.exists():
-        raise EngineError(f"{out} exists already; remove it or give another folder")
-    tensors = {name: held.cpu().clone() for slot in model.slots().values() for name, held in slot.held.items()}
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config["dtype"] = str(model.form.dtype).removeprefix("torch.")
-    if model.form.int8:
-        config["quantization_config"] = {"quant_method": "rowint8"}
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-            folder = Path(scratch) / out.name
-            folder.mkdir()
-            save_torch_state_dict(tensors, folder)
-            for path in source.iterdir():
-                if path.suffix in (".json", ".jinja", ".model", ".txt") and not path.name.startswith(
-                    "model.safetensors"
-                ):
-                    shutil.copyfile(path, folder / path.name)
-            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            os.rename(folder, out)
-    except OSError as error:
-        raise EngineError(f"cannot write {out}: {error.strerror or error}") from error

@@ -7,22 +7,21 @@ computed one token too many, which is dropped.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 
 from rowint8.baseline_engine import startup
 from rowint8.baseline_engine.block_pool import BlockPool
-from rowint8.baseline_engine.checkpoint import resolve_folder, save_model
-from rowint8.baseline_engine.config import EngineConfig
-from rowint8.baseline_engine.errors import EngineError
+from rowint8.baseline_engine.config import EngineConfig, SamplingParams
+from rowint8.baseline_engine.errors import EngineError, shown
 from rowint8.baseline_engine.metrics import PeakMemory, RunMetrics, StepTimes
 from rowint8.baseline_engine.model import Decoder
 from rowint8.baseline_engine.progress import progress_bar
 from rowint8.baseline_engine.request import Completion, Request, TokenEvent
 from rowint8.baseline_engine.runner import StepResult
-from rowint8.baseline_engine.sampler import SamplingParams, SamplingState
+from rowint8.baseline_engine.sampler import NOT_FINITE, SamplingState
 from rowint8.baseline_engine.scheduler import Scheduler
 from rowint8.baseline_engine.tokenizer import TextOutput, Tokenizer
 
@@ -54,7 +53,7 @@ class Engine:
         if model is None:
             model, tokenizer = startup.load(config, progress)
         self.model, self.model_config, self.tokenizer = model, model.config, tokenizer
-        self.device = model.form.device
+        self.device = model.weight_format.device
         self.load_seconds = perf_counter() - start
         self.runner, self.compile_seconds = startup.make_runner(model, config)
         self.context = self.runner.context
@@ -64,6 +63,8 @@ class Engine:
         self.times = StepTimes()
         self.metrics: RunMetrics | None = None
         self._in_flight: StepResult | None = None
+        self._torn = False
+        """True within a step, and after one that was broken off."""
 
     @property
     def attention_name(self) -> str:
@@ -80,44 +81,65 @@ class Engine:
             EngineError: the prompt is empty, too long or holds what the model does not know; no other is disturbed.
         """
         request = self.make_request(prompt, params, chat=chat, index=index)
+        self._mend()
         self.scheduler.add(request)
         return request
 
     def abort(self, request: Request) -> None:
         """Ends a request and takes its memory back; nothing where it has ended already."""
+        self._mend()
         if request.finish_reason is None:
             request.finish_reason = "abort"
             self.scheduler.finish(request)
 
     def abort_all(self) -> None:
         """Ends every request; the tokens of a step in flight are dropped."""
-        self._abort([*self.scheduler.running, *self.scheduler.waiting])
+        self._abort(self.scheduler.requests)
 
     def _abort(self, requests: Sequence[Request]) -> None:
         """Ends the requests, then records the step in flight, of which they get no token."""
         for request in requests:
             self.abort(request)
         if self._in_flight:
+            self._torn = True
             self._record(self._in_flight)
             self._in_flight = None
+            self._torn = False
+
+    def _mend(self) -> None:
+        """After a step that was broken off, by an interrupt say: ends every request and empties the cache."""
+        if self._torn:
+            for request in self.scheduler.requests:
+                request.finish_reason = request.finish_reason or "abort"
+            self._in_flight = None
+            self.scheduler.reset()
+            self._torn = False
 
     def step(self) -> list[TokenEvent]:
         """Moves every request that can run on by one step; the tokens that reached the host."""
+        self._mend()
+        self._torn = True
         self.times.host.append(0.0)
         with self.times.measure("schedule"):
             chunks = self.scheduler.schedule()
-        self.times.count(chunks, self.scheduler)
-        launched = None
+        computed = sum(chunk.count for chunk in chunks)
+        self.times.count(computed, self.scheduler.num_slots, self.scheduler.num_filled + computed)
+        launched, events = None, []
         if chunks:
             try:
                 with self.times.measure("launch"):
                     launched = self.runner.launch(chunks)
                 self.scheduler.commit(chunks)
             except (torch.OutOfMemoryError, MemoryError) as error:
-                return self._give_up(max(chunks, key=lambda chunk: chunk.count).request, error)
+                request = max(chunks, key=lambda chunk: chunk.count).request
+                details = str(error).splitlines()[0] if str(error) else "no details"
+                events.append(self._give_up(request, f"out of memory: {details}"))
+                torch.cuda.empty_cache()
         if self.overlap:
             launched, self._in_flight = self._in_flight, launched
-        return self._record(launched) if launched else []
+        events += self._record(launched) if launched else []
+        self._torn = False
+        return events
 
     def _record(self, result: StepResult) -> list[TokenEvent]:
         with self.times.measure("wait"):
@@ -127,23 +149,28 @@ class Engine:
             for request, token, logprobs in rows:
                 if request.finish_reason is not None:  # it ended while this step was in flight
                     continue
+                if token == NOT_FINITE:
+                    events.append(self._give_up(request, self._explain_not_finite()))
+                    continue
                 request.append(token, now)
                 if logprobs:
                     request.logprobs.append(logprobs)
                 if request.finish_reason is not None:
                     self.scheduler.finish(request)
-                text = request.text.take(request.finish_reason is not None) if request.text else ""
-                events.append(TokenEvent(request.index, token, text, request.finish_reason, logprobs))
+                events.append(TokenEvent(request.index, token, request.take_text(), request.finish_reason, logprobs))
         return events
 
-    def _give_up(self, request: Request, error: BaseException) -> list[TokenEvent]:
-        """Fails the request with the largest share of a step that memory did not suffice for; the others go on."""
-        request.finish_reason = "error"
-        request.error = f"out of memory: {str(error).splitlines()[0] if str(error) else 'no details'}"
+    def _give_up(self, request: Request, error: str) -> TokenEvent:
+        """Fails one request; the others go on."""
+        request.end("error", error)
         self.scheduler.finish(request)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return [TokenEvent(request.index, None, "", "error")]
+        return TokenEvent(request.index, None, request.take_text(), "error", error=error)
+
+    def _explain_not_finite(self) -> str:
+        dtype = str(self.model.weight_format.dtype).removeprefix("torch.")
+        wider = {"float16": "give dtype bfloat16 or float32", "bfloat16": "give dtype float32"}
+        advice = wider.get(dtype, "the weights or numbers of config.json are at fault")
+        return f"the model's logits are NaN or infinite in {dtype}; {advice}"
 
     def generate(
         self,
@@ -166,12 +193,14 @@ class Engine:
         peak.reset()
         start, self.times = perf_counter(), StepTimes()
         requests = self._requests(prompts, sampling, chat, start)
-        for request in requests:
-            self.scheduler.add(request)
         try:
             self._run(requests, on_token)
-        finally:  # also when interrupted, or when on_token raises
-            self._abort(requests)
+        except BaseException:  # an interrupt, or what on_token raises
+            try:
+                self._abort(requests)
+            finally:
+                self._mend()  # a second interrupt
+            raise
         wall = perf_counter() - start
         completions = [self.complete(request) for request in requests]
         self.metrics = RunMetrics(
@@ -186,6 +215,8 @@ class Engine:
         return completions
 
     def _run(self, requests: Sequence[Request], on_token: Callable[[TokenEvent], None] | None) -> None:
+        for request in requests:
+            self.scheduler.add(request)
         with progress_bar("generating", len(requests), self.progress and on_token is None) as advance:
             while self.has_work:
                 for event in self.step():
@@ -213,6 +244,8 @@ class Engine:
     def make_request(self, prompt: Prompt, params: SamplingParams, *, chat: bool = False, index: int = 0) -> Request:
         """Checks a request without handing it in; raises as `add` does."""
         start = perf_counter()
+        if not isinstance(params, SamplingParams):
+            raise EngineError(f"sampling parameters are {shown(params)}; give a SamplingParams")
         token_ids = self.encode(prompt, chat=chat)
         if not token_ids:
             raise EngineError(f"prompt {index + 1} is empty; at least one token is needed")
@@ -242,16 +275,20 @@ class Engine:
             EngineError: text without a tokenizer, `chat` without a template or with ids, an id outside the vocabulary.
         """
         if isinstance(prompt, str):
-            return self._text_encoder().encode_chat([_user(prompt)]) if chat else self._text_encoder().encode(prompt)
-        if prompt and isinstance(prompt[0], Mapping):
-            return self._text_encoder().encode_chat(prompt)  # pyright: ignore[reportArgumentType]
-        if chat:
+            ids = self._text_encoder().encode_chat([_user(prompt)]) if chat else self._text_encoder().encode(prompt)
+        elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
+            raise EngineError(f"a prompt is {shown(prompt)}; give text, a list of token ids, or messages")
+        elif prompt and isinstance(prompt[0], Mapping):
+            ids = self._text_encoder().encode_chat(_messages(prompt))
+        elif chat:
             raise EngineError("a chat message must be text; give the prompt as text, or leave chat out")
+        else:
+            ids: list[Any] = list(prompt)
         vocabulary = self.model_config.vocab_size
-        for token_id in prompt:
-            if not isinstance(token_id, int) or not 0 <= token_id < vocabulary:
-                raise EngineError(f"prompt holds token id {token_id}; the vocabulary is 0 to {vocabulary - 1}")
-        return list(prompt)  # pyright: ignore[reportReturnType]
+        for token_id in ids:
+            if type(token_id) is not int or not 0 <= token_id < vocabulary:
+                raise EngineError(f"prompt holds token id {shown(token_id)}; the vocabulary is 0 to {vocabulary - 1}")
+        return ids
 
     def _text_encoder(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -262,14 +299,17 @@ class Engine:
         """Empties the prefix cache, so that the next prompts are computed in full."""
         self.scheduler.pool.forget_contents()
 
-    def save(self, out: str) -> None:
-        """Writes the model as it is held to a new folder; see `checkpoint.save_model`."""
-        save_model(self.model, resolve_folder(self.config.model), Path(out))
-
     def complete(self, request: Request) -> Completion:
         """What became of a request that has ended."""
-        return request.completion(self.tokenizer.decode(request.output_ids) if self.tokenizer else "")
+        return request.completion()
 
 
 def _user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
+
+
+def _messages(prompt: Sequence[Any]) -> list[Mapping[str, str]]:
+    for message in prompt:
+        if not isinstance(message, Mapping) or not all(isinstance(part, str) for part in message.values()):
+            raise EngineError(f"a message is {shown(message)}; give a role and a content, both text")
+    return list(prompt)

@@ -9,7 +9,7 @@ from rowint8.baseline_engine.model_config import ModelConfig
 class KvCache:
     """[2, layers, blocks, block_size, kv heads, head_dim]: keys, then values.
 
-    It starts as zeros: what a mask hides is multiplied by zero, which must not meet a NaN.
+    What is in a block beyond its sequence's tokens may be anything, NaN of an earlier user included.
     """
 
     def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device):

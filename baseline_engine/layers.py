@@ -1,4 +1,4 @@
-"""The parts of a decoder layer. Inference only: weights are buffers, filled by `checkpoint` through their slots."""
+"""The parts of a decoder layer. Inference only: weights are buffers, filled by `checkpoint` through their places."""
 
 import math
 from collections.abc import Callable
@@ -14,14 +14,12 @@ from rowint8.kernels import ops
 from rowint8.kernels.quantize import quantize_rowwise
 
 
-class Slot(NamedTuple):
+class Place(NamedTuple):
     """The place of one checkpoint tensor in the model."""
 
     shape: tuple[int, ...]
     load: Callable[[Tensor], None]
     """Copies (or quantizes) a tensor of that shape into its place; ValueError where it holds NaN or Inf."""
-    held: dict[str, Tensor]
-    """What the place holds, by the names under which a checkpoint stores it."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,11 @@ class WeightFormat:
         kind = Int8Linear if self.int8 else Linear
         return kind(in_features, out_features, bias, self.dtype, self.device)
 
+    def embedding(self, vocab_size: int, hidden_size: int) -> "Linear":
+        return Linear(hidden_size, vocab_size, False, self.dtype, self.device)
+
     def vocabulary(self, vocab_size: int, hidden_size: int) -> "Linear":
-        """An embedding, an output layer, or both in one."""
+        """An output layer, which may be the embedding too."""
         kind = Int8Linear if self.int8_lm_head else Linear
         return kind(hidden_size, vocab_size, False, self.dtype, self.device)
 
@@ -63,19 +64,19 @@ class Linear(nn.Module):
     def _allocate(self, out_features: int, device: torch.device) -> None:
         self.register_buffer("weight", torch.empty(out_features, self.in_features, dtype=self.dtype, device=device))
 
-    def slots(self, parts: dict[str, int]) -> dict[str, Slot]:
-        """Slots of the matrices stacked in this layer, top to bottom, given as name -> number of rows."""
-        slots, start = {}, 0
+    def places(self, parts: dict[str, int]) -> dict[str, Place]:
+        """Places of the matrices stacked in this layer, top to bottom, given as name -> number of rows."""
+        places, start = {}, 0
         for name, size in parts.items():
             rows = slice(start, start + size)
             start += size
-            slots |= self._weight_slots(name, rows)
+            places |= self._weight_places(name, rows)
             if self.bias is not None:
-                slots[f"{name}.bias"] = copy_slot(self.bias[rows], f"{name}.bias")
-        return slots
+                places[f"{name}.bias"] = copy_into(self.bias[rows], f"{name}.bias")
+        return places
 
-    def _weight_slots(self, name: str, rows: slice) -> dict[str, Slot]:
-        return {f"{name}.weight": copy_slot(self.weight[rows], f"{name}.weight")}
+    def _weight_places(self, name: str, rows: slice) -> dict[str, Place]:
+        return {f"{name}.weight": copy_into(self.weight[rows], f"{name}.weight")}
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -96,7 +97,7 @@ class Int8Linear(Linear):
         self.register_buffer("values", values)
         self.register_buffer("scale", torch.empty(out_features, dtype=torch.float16, device=device))
 
-    def _weight_slots(self, name: str, rows: slice) -> dict[str, Slot]:
+    def _weight_places(self, name: str, rows: slice) -> dict[str, Place]:
         values, scale = self.values[rows], self.scale[rows]
 
         def load(weight: Tensor) -> None:
@@ -104,8 +105,7 @@ class Int8Linear(Linear):
             values.copy_(quantized.values)
             scale.copy_(quantized.scale)
 
-        held = {f"{name}.weight": values, f"{name}.weight_scale": scale}
-        return {f"{name}.weight": Slot(tuple(values.shape), load, held)}
+        return {f"{name}.weight": Place(tuple(values.shape), load)}
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.values, self.scale, self.bias)
@@ -115,15 +115,15 @@ class Int8Linear(Linear):
         return (values.float() * self.scale[rows].float()[:, None]).to(self.dtype)
 
 
-def copy_slot(place: Tensor, name: str) -> Slot:
-    """A slot that copies into `place`, cast to its dtype."""
+def copy_into(target: Tensor, name: str) -> Place:
+    """A place that copies into `target`, cast to its dtype."""
 
     def load(tensor: Tensor) -> None:
-        place.copy_(tensor)
-        if place.numel() and place.is_floating_point() and not _all_finite(place):
-            raise ValueError(f"{name}: holds NaN or Inf as {str(place.dtype).removeprefix('torch.')}")
+        target.copy_(tensor)
+        if target.numel() and target.is_floating_point() and not _all_finite(target):
+            raise ValueError(f"{name}: holds NaN or Inf as {str(target.dtype).removeprefix('torch.')}")
 
-    return Slot(tuple(place.shape), load, {name: place})
+    return Place(tuple(target.shape), load)
 
 
 def _all_finite(tensor: Tensor) -> bool:
@@ -135,14 +135,16 @@ class RmsNorm(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, size: int, eps: float, form: WeightFormat):
+    def __init__(self, size: int, eps: float, weight_format: WeightFormat):
         super().__init__()
         self.eps = eps
-        self.fused = form.fused and form.device.type == "cuda"  # on the CPU nothing is won, and torch rounds once less
-        self.register_buffer("weight", torch.empty(size, dtype=form.dtype, device=form.device))
+        self.fused = (
+            weight_format.fused and weight_format.device.type == "cuda"
+        )  # on the CPU nothing is won, and torch rounds once less
+        self.register_buffer("weight", torch.empty(size, dtype=weight_format.dtype, device=weight_format.device))
 
-    def slots(self, name: str) -> dict[str, Slot]:
-        return {f"{name}.weight": copy_slot(self.weight, f"{name}.weight")}
+    def places(self, name: str) -> dict[str, Place]:
+        return {f"{name}.weight": copy_into(self.weight, f"{name}.weight")}
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
@@ -199,22 +201,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """The products around grouped-query attention (arXiv:2305.13245); q, k and v are one."""
 
-    def __init__(self, config: ModelConfig, form: WeightFormat):
+    def __init__(self, config: ModelConfig, weight_format: WeightFormat):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.q_size, self.kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.qkv = form.linear(config.hidden_size, self.q_size + 2 * self.kv_size, config.qkv_bias)
-        self.o = form.linear(self.q_size, config.hidden_size, config.o_bias)
-        self.q_norm = RmsNorm(self.head_dim, config.rms_norm_eps, form) if config.qk_norm else None
-        self.k_norm = RmsNorm(self.head_dim, config.rms_norm_eps, form) if config.qk_norm else None
+        self.qkv = weight_format.linear(config.hidden_size, self.q_size + 2 * self.kv_size, config.qkv_bias)
+        self.o = weight_format.linear(self.q_size, config.hidden_size, config.o_bias)
+        self.q_norm = RmsNorm(self.head_dim, config.rms_norm_eps, weight_format) if config.qk_norm else None
+        self.k_norm = RmsNorm(self.head_dim, config.rms_norm_eps, weight_format) if config.qk_norm else None
         self.hidden_size = config.hidden_size
 
-    def slots(self, prefix: str) -> dict[str, Slot]:
+    def places(self, prefix: str) -> dict[str, Place]:
         qkv = {f"{prefix}.q_proj": self.q_size, f"{prefix}.k_proj": self.kv_size, f"{prefix}.v_proj": self.kv_size}
-        slots = self.qkv.slots(qkv) | self.o.slots({f"{prefix}.o_proj": self.hidden_size})
+        places = self.qkv.places(qkv) | self.o.places({f"{prefix}.o_proj": self.hidden_size})
         if self.q_norm is not None and self.k_norm is not None:
-            slots |= self.q_norm.slots(f"{prefix}.q_norm") | self.k_norm.slots(f"{prefix}.k_norm")
-        return slots
+            places |= self.q_norm.places(f"{prefix}.q_norm") | self.k_norm.places(f"{prefix}.k_norm")
+        return places
 
     def queries(self, x: Tensor, positions: Positions, keys: Tensor, values: Tensor) -> Tensor:
         """x [T, hidden] -> queries [T, heads, D]; puts the tokens' keys and values into the layer's cache.
@@ -235,16 +237,16 @@ class Attention(nn.Module):
 class SwiGlu(nn.Module):
     """down(silu(gate(x)) * up(x)) (arXiv:2002.05202); gate and up are one matrix product, or one fused operator."""
 
-    def __init__(self, config: ModelConfig, form: WeightFormat):
+    def __init__(self, config: ModelConfig, weight_format: WeightFormat):
         super().__init__()
-        self.fused = form.fused
+        self.fused = weight_format.fused
         self.hidden_size, self.intermediate_size = config.hidden_size, config.intermediate_size
-        self.gate_up = form.linear(self.hidden_size, 2 * self.intermediate_size, config.mlp_bias)
-        self.down = form.linear(self.intermediate_size, self.hidden_size, config.mlp_bias)
+        self.gate_up = weight_format.linear(self.hidden_size, 2 * self.intermediate_size, config.mlp_bias)
+        self.down = weight_format.linear(self.intermediate_size, self.hidden_size, config.mlp_bias)
 
-    def slots(self, prefix: str) -> dict[str, Slot]:
+    def places(self, prefix: str) -> dict[str, Place]:
         gate_up = {f"{prefix}.gate_proj": self.intermediate_size, f"{prefix}.up_proj": self.intermediate_size}
-        return self.gate_up.slots(gate_up) | self.down.slots({f"{prefix}.down_proj": self.hidden_size})
+        return self.gate_up.places(gate_up) | self.down.places({f"{prefix}.down_proj": self.hidden_size})
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused and isinstance(self.gate_up, Int8Linear):

@@ -15,13 +15,12 @@ Output tokens include the end-of-sequence token. Loading and compiling come befo
 import statistics
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 
@@ -71,7 +70,7 @@ class StepTimes:
     tokens: int = 0
     """Computed, prompts included."""
     slots: int = 0
-    """Of the blocks that requests held, summed over steps."""
+    """Places for a token in the blocks that requests held, summed over steps."""
     filled: int = 0
     """Of those, the ones that hold a token's key and value after the step."""
 
@@ -84,13 +83,12 @@ class StepTimes:
         if part != "wait" and self.host:
             self.host[-1] += took
 
-    def count(self, chunks: Sequence[Any], scheduler: Any) -> None:
-        """Counts a step: its chunks, and the blocks of what runs."""
-        computed = sum(chunk.count for chunk in chunks)
-        self.steps += bool(chunks)
+    def count(self, computed: int, slots: int, filled: int) -> None:
+        """Counts a step: the tokens it computes, and the fields above after it."""
+        self.steps += computed > 0
         self.tokens += computed
-        self.slots += sum(len(request.blocks) for request in scheduler.running) * scheduler.pool.block_size
-        self.filled += sum(request.num_computed for request in scheduler.running) + computed
+        self.slots += slots
+        self.filled += filled
 
     @property
     def kv_waste(self) -> float:

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from rowint8.baseline_engine.kv_cache import KvCache
 from rowint8.baseline_engine.layers import (
     Attention,
-    Linear,
+    Place,
     Positions,
     RmsNorm,
-    Slot,
     SwiGlu,
     WeightFormat,
     rope_frequencies,
@@ -31,19 +30,19 @@ class DecoderLayer(nn.Module):
     where sum and norm are one operator. The layer comes in two halves because attention, between them, is not compiled.
     """
 
-    def __init__(self, config: ModelConfig, form: WeightFormat):
+    def __init__(self, config: ModelConfig, weight_format: WeightFormat):
         super().__init__()
-        self.input_norm = RmsNorm(config.hidden_size, config.rms_norm_eps, form)
-        self.attention = Attention(config, form)
-        self.post_norm = RmsNorm(config.hidden_size, config.rms_norm_eps, form)
-        self.mlp = SwiGlu(config, form)
+        self.input_norm = RmsNorm(config.hidden_size, config.rms_norm_eps, weight_format)
+        self.attention = Attention(config, weight_format)
+        self.post_norm = RmsNorm(config.hidden_size, config.rms_norm_eps, weight_format)
+        self.mlp = SwiGlu(config, weight_format)
 
-    def slots(self, prefix: str) -> dict[str, Slot]:
+    def places(self, prefix: str) -> dict[str, Place]:
         return (
-            self.input_norm.slots(f"{prefix}.input_layernorm")
-            | self.attention.slots(f"{prefix}.self_attn")
-            | self.post_norm.slots(f"{prefix}.post_attention_layernorm")
-            | self.mlp.slots(f"{prefix}.mlp")
+            self.input_norm.places(f"{prefix}.input_layernorm")
+            | self.attention.places(f"{prefix}.self_attn")
+            | self.post_norm.places(f"{prefix}.post_attention_layernorm")
+            | self.mlp.places(f"{prefix}.mlp")
         )
 
     def before_attention(
@@ -65,16 +64,19 @@ class Decoder(nn.Module):
     Embedding and output layer stay in the activation dtype unless the format says otherwise; tied, they are one.
     """
 
-    def __init__(self, config: ModelConfig, form: WeightFormat):
+    config: ModelConfig
+    weight_format: WeightFormat
+
+    def __init__(self, config: ModelConfig, weight_format: WeightFormat):
         super().__init__()
-        self.config, self.form = config, form
+        self.config, self.weight_format = config, weight_format
         shape = (config.vocab_size, config.hidden_size)
-        self.lm_head = form.vocabulary(*shape)
-        tied = config.tie_word_embeddings
-        self.embedding = self.lm_head if tied else Linear(shape[1], shape[0], False, form.dtype, form.device)
-        self.layers = nn.ModuleList(DecoderLayer(config, form) for _ in range(config.num_layers))
-        self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, form)
-        self.frequencies = rope_frequencies(config, form.device)
+        self.lm_head = weight_format.vocabulary(*shape)
+        self.embedding = self.lm_head if config.tie_word_embeddings else weight_format.embedding(*shape)
+        self.layers = nn.ModuleList(DecoderLayer(config, weight_format) for _ in range(config.num_layers))
+        self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, weight_format)
+        sketched = weight_format.device.type == "meta"  # for its shapes; torch takes seconds to learn to compute so
+        self.frequencies = torch.empty(0) if sketched else rope_frequencies(config, weight_format.device)
         self._before, self._after = DecoderLayer.before_attention, DecoderLayer.after_attention
 
     def compile_layers(self) -> None:
@@ -82,15 +84,15 @@ class Decoder(nn.Module):
         self._before = torch.compile(DecoderLayer.before_attention, fullgraph=True, dynamic=True)
         self._after = torch.compile(DecoderLayer.after_attention, fullgraph=True, dynamic=True)
 
-    def slots(self) -> dict[str, Slot]:
+    def places(self) -> dict[str, Place]:
         """The place of every tensor of a Hugging Face checkpoint, by its name there."""
-        slots = self.embedding.slots({"model.embed_tokens": self.config.vocab_size})
+        places = self.embedding.places({"model.embed_tokens": self.config.vocab_size})
         for index, layer in enumerate(self._layers()):
-            slots |= layer.slots(f"model.layers.{index}")
-        slots |= self.norm.slots("model.norm")
+            places |= layer.places(f"model.layers.{index}")
+        places |= self.norm.places("model.norm")
         if not self.config.tie_word_embeddings:
-            slots |= self.lm_head.slots({"lm_head": self.config.vocab_size})
-        return slots
+            places |= self.lm_head.places({"lm_head": self.config.vocab_size})
+        return places
 
     def _layers(self) -> Iterable[DecoderLayer]:
         return cast(Iterable[DecoderLayer], self.layers)
@@ -105,7 +107,7 @@ class Decoder(nn.Module):
 
         The tokens may belong to any number of requests: only `attend` knows which.
         """
-        where = Positions(*rotation(positions, self.frequencies, self.form.dtype), slots)
+        where = Positions(*rotation(positions, self.frequencies, self.weight_format.dtype), slots)
         x = self.embedding.lookup(tokens)
         residual = torch.zeros_like(x)
         for layer, slots_of_layer, blocks in zip(self._layers(), cache.slots, cache.layers, strict=True):

@@ -24,6 +24,8 @@ class TokenEvent(NamedTuple):
     """"stop" at an end-of-sequence or stop token or a stop string, "length" at max_tokens or the end of the context,
     "error" where the engine had to give up on this request, else None."""
     logprobs: TokenLogprobs | None = None
+    error: str | None = None
+    """Why the engine gave up on the request."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Request:
     sampled_row: int = 0
     """Where in the last batch's sampled tokens the newest pending one is."""
     keys: list[bytes] = field(default_factory=list)
-    """Of the full blocks of known tokens, as far as needed so far; see `block_key`."""
+    """Keys of the full blocks of known tokens, as far as needed so far; see `block_key`."""
     num_published: int = 0
 
     token_times: list[float] = field(default_factory=list)
@@ -105,16 +107,24 @@ class Request:
         self.token_times.append(time)
         stopped = self.text is not None and self.text.push(token_id)
         if stopped or token_id in self.stop_ids:
-            self.finish_reason = "stop"
+            self.end("stop")
         elif len(self.tokens) - self.num_prompt >= self.max_tokens:
-            self.finish_reason = "length"
+            self.end("length")
 
-    def completion(self, text: str) -> Completion:
-        """What the caller gets; `text` is that of all output tokens, used where no stop string ended it earlier."""
+    def end(self, reason: FinishReason, error: str | None = None) -> None:
+        """No token follows: the text is complete, in which a stop string may come to light."""
+        stopped = self.text is not None and self.text.close()
+        self.finish_reason = "stop" if stopped and reason == "length" else reason
+        self.error = error
+
+    def take_text(self) -> str:
+        """The text since the last call."""
+        return self.text.take(self.finish_reason is not None) if self.text else ""
+
+    def completion(self) -> Completion:
+        """What the caller gets of a request that has ended."""
         assert self.finish_reason is not None
-        stopped = self.text.stopped_text if self.text else None
         metrics = RequestMetrics(self.num_prompt, self.start, tuple(self.token_times))
         logprobs = self.logprobs if self.sampling.params.logprobs is not None else None
-        return Completion(
-            text if stopped is None else stopped, self.output_ids, self.finish_reason, metrics, logprobs, self.error
-        )
+        text = self.text.text if self.text else ""
+        return Completion(text, self.output_ids, self.finish_reason, metrics, logprobs, self.error)

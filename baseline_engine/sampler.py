@@ -5,7 +5,6 @@ cumulative probability exceeds u (inversion). So what a request draws depends on
 what it is batched with, and not on the kind of device.
 """
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,62 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rowint8.baseline_engine.errors import SettingError
+from rowint8.baseline_engine.config import SamplingParams
 from rowint8.baseline_engine.transfer import to_device
 
-MIN_TEMPERATURE = 1e-5
-"""Below it, differences between logits overflow; 0 is what is meant."""
-MAX_LOGPROBS = 20
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How one request's tokens are chosen, and when it ends."""
-
-    max_tokens: int = 64
-    """Most tokens to generate, the end-of-sequence token included; fewer where prompt and output fill the context."""
-    temperature: float = 0.0
-    """0 is greedy (the most likely token); larger is more random."""
-    top_k: int = 0
-    """Draw from the k most likely tokens only; 0 is off."""
-    top_p: float = 1.0
-    """Draw from the fewest tokens whose probabilities add up to at least p; 1 is off (arXiv:1904.09751)."""
-    min_p: float = 0.0
-    """Draw from tokens at least this times as likely as the likeliest; 0 is off (arXiv:2407.01082)."""
-    repetition_penalty: float = 1.0
-    """Logits of tokens seen so far, prompt included, are divided by it if positive, else multiplied; 1 is off
-    (arXiv:1909.05858)."""
-    seed: int | None = None
-    """Of this request's draws. The same seed, prompt and parameters give the same tokens; None draws a new seed."""
-    ignore_eos: bool = False
-    """Go on to max_tokens whatever the model says; for measurements."""
-    stop: tuple[str, ...] = ()
-    """Texts that end the output, which does not include them. Needs a tokenizer."""
-    stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end the output besides the model's end-of-sequence tokens."""
-    logprobs: int | None = None
-    """How many of the likeliest tokens to report at each position, besides the chosen one; None reports nothing."""
-
-    def __post_init__(self) -> None:
-        accepted = {
-            "max_tokens": (self.max_tokens >= 1, "1 or more"),
-            "temperature": (
-                self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < math.inf,
-                f"0 (greedy) or at least {MIN_TEMPERATURE}",
-            ),
-            "top_k": (self.top_k >= 0, "1 or more, or 0 for off"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and up to 1 (off)"),
-            "min_p": (0 <= self.min_p <= 1, "0 (off) to 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0; 1 is off"),
-            "seed": (self.seed is None or 0 <= self.seed < 2**63, "0 to 2^63 - 1"),
-            "stop": (not isinstance(self.stop, str) and all(self.stop), "a list of texts, none of them empty"),
-            "logprobs": (self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}, or None"),
-        }
-        for name, (fine, what) in accepted.items():
-            if not fine:
-                raise SettingError(f"{name} is {getattr(self, name)!r}; accepted is {what}")
-        if self.temperature == 0 and (self.top_k or self.top_p < 1 or self.min_p):
-            raise SettingError("top_k, top_p and min_p have no effect at temperature 0; set a temperature above 0")
+NOT_FINITE = -1
+"""Stands for the token that was to be chosen from NaN or infinite logits."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -98,7 +46,7 @@ class Sampled(NamedTuple):
     """On the device, one row a request."""
 
     tokens: Tensor
-    """int64 [n]."""
+    """int64 [n]; NOT_FINITE where the logits hold NaN or infinity."""
     logprobs: Tensor | None
     """fp32 [n, 1 + k]: of the chosen token, then of the k likeliest."""
     top_ids: Tensor | None
@@ -111,7 +59,7 @@ def sample(logits: Tensor, states: Sequence[SamplingState], tokens_so_far: Seque
     `tokens_so_far` (prompt and output on the host) is read only at a request's first sampling.
     """
     choices = _penalize(logits, states, tokens_so_far)
-    tokens = choices.argmax(dim=-1)
+    best, tokens = choices.max(dim=-1)
     drawn = [row for row, state in enumerate(states) if state.params.temperature > 0]
     for restricted in (False, True):
         rows = [row for row in drawn if _is_restricted(states[row].params) is restricted]
@@ -121,7 +69,9 @@ def sample(logits: Tensor, states: Sequence[SamplingState], tokens_so_far: Seque
     for row, state in enumerate(states):
         if state.seen is not None:
             state.seen.index_fill_(0, tokens[row : row + 1], True)  # an index of no dimension would wait for the device
-    return Sampled(tokens, *_logprobs(logits, tokens, states))
+    logprobs = _logprobs(logits, tokens, states)
+    # The largest of numbers among which there is NaN is NaN.
+    return Sampled(torch.where(best.abs() < torch.inf, tokens, NOT_FINITE), *logprobs)
 
 
 def _is_restricted(params: SamplingParams) -> bool:
@@ -156,7 +106,7 @@ def _invert(weights: Tensor, states: Sequence[SamplingState]) -> Tensor:
     uniforms = [state.uniform.getrandbits(32) / 2**32 for state in states]
     sums = weights.cumsum(-1, dtype=torch.float64)
     targets = to_device(uniforms, weights.device, np.float64)[:, None] * sums[:, -1:]
-    return torch.searchsorted(sums, targets, right=True)[:, 0]
+    return torch.searchsorted(sums, targets, right=True)[:, 0].clamp_(max=weights.shape[1] - 1)  # beyond with NaN
 
 
 def _penalize(logits: Tensor, states: Sequence[SamplingState], tokens_so_far: Sequence[Sequence[int]]) -> Tensor:

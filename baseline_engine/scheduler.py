@@ -39,8 +39,30 @@ class Scheduler:
         self.num_shared_tokens = 0
         """Prompt tokens that were found in the cache."""
 
+    @property
+    def requests(self) -> list[Request]:
+        """All that have not ended. One on its way from one list to the other stands in both for a moment."""
+        return list(dict.fromkeys([*self.running, *self.waiting]))
+
+    @property
+    def num_slots(self) -> int:
+        """Places for a token in the blocks that requests hold."""
+        return sum(len(request.blocks) for request in self.running) * self.pool.block_size
+
+    @property
+    def num_filled(self) -> int:
+        """Tokens in those, once the steps scheduled so far are computed."""
+        return sum(request.num_computed for request in self.running)
+
     def add(self, request: Request) -> None:
         self.waiting.append(request)
+
+    def reset(self) -> None:
+        """Starts anew without requests or contents of the cache, whatever a step that was broken off left behind."""
+        for request in self.requests:
+            request.blocks = []
+        self.pool = BlockPool(self.pool.num_blocks, self.pool.block_size)
+        self.waiting, self.running = deque(), []
 
     def finish(self, request: Request) -> None:
         """Takes the request out and its blocks back, wherever it stands."""
@@ -73,16 +95,18 @@ class Scheduler:
     def _make_room(self, request: Request, num_tokens: int) -> bool:
         """Preempts the youngest until there are blocks for the request; False where it was itself the youngest."""
         while not self.pool.grow(request.blocks, num_tokens):
-            victim = self.running.pop()
+            victim = self.running[-1]
             self._preempt(victim)
             if victim is request:
                 return False
         return True
 
     def _preempt(self, request: Request) -> None:
+        """Sends the youngest back to wait."""
         self.pool.release(request.blocks)
         request.num_computed = request.num_published = 0
         self.waiting.appendleft(request)
+        self.running.pop()
         self.num_preemptions += 1
 
     def _admit(self, budget: int) -> list[Chunk]:
@@ -98,8 +122,8 @@ class Scheduler:
                 self.pool.release(request.blocks)
                 request.num_computed = request.num_published = 0
                 break
-            self.waiting.popleft()
             self.running.append(request)
+            self.waiting.popleft()
             self.num_shared_tokens += request.num_computed
             chunks.append(_chunk(request, count))
             budget -= count

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rowint8.baseline_engine.config import SamplingParams
 from rowint8.baseline_engine.engine import Engine
 from rowint8.baseline_engine.errors import EngineError
 from rowint8.baseline_engine.model import Decoder
-from rowint8.baseline_engine.sampler import SamplingParams
 from rowint8.baseline_engine.scheduler import Chunk, Scheduler
 from rowint8.baseline_engine.transfer import to_device
 

@@ -3,6 +3,7 @@
 from time import perf_counter
 from typing import Any
 
+import psutil
 import torch
 from torch.fx.experimental import _config as fx_config
 
@@ -20,6 +21,8 @@ from rowint8.baseline_engine.tokenizer import Tokenizer, has_tokenizer
 CPU_CACHE_TOKENS = 16384
 GRAPH_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 16))
 """Numbers of sequences for which decode graphs are captured, as far as `max_seqs` allows."""
+_MOST_SLOTS = 2**31
+"""Cache slots are numbered in int32."""
 _MAX_COMPILED = 64
 """Compiled graphs of a decoder layer kept in one process (torch's own limit is 8)."""
 
@@ -29,9 +32,9 @@ def load(config: EngineConfig, progress: bool) -> tuple[Decoder, Tokenizer | Non
     device = config.torch_device()
     folder = resolve_folder(config.model)
     model_config = ModelConfig.from_folder(folder)
-    form = weight_format(config, model_config, device)
+    weights = weight_format(config, model_config, device)
     try:
-        model = load_model(folder, model_config, form, progress=progress)
+        model = load_model(folder, model_config, weights, progress=progress)
     except torch.OutOfMemoryError as error:
         raise EngineError(
             f"{folder} does not fit into the memory of {device}; quantization rowint8 halves it"
@@ -59,35 +62,35 @@ def make_runner(model: Decoder, config: EngineConfig) -> tuple[ModelRunner, floa
     Raises:
         EngineError: memory suffices for no cache, or not for the context asked for.
     """
-    form, size = model.form, config.block_size
-    backend = attention.choose(model.config, form.dtype, form.device, size)
+    weights, size, mode = model.weight_format, config.block_size, config.mode_on(model.weight_format.device)
+    backend = attention.choose(model.config, weights.dtype, weights.device, size)
     most = min(config.max_context or model.config.max_position_embeddings, model.config.max_position_embeddings)
-    warmed = _warm_up(model, config) if form.int8 and form.device.type == "cuda" else 0.0
+    warmed = _warm_up(model, config) if weights.int8 and weights.device.type == "cuda" else 0.0
     start = perf_counter()
-    if config.mode != "eager":
+    if mode != "eager":
         model.compile_layers()
-    probe = ModelRunner(model, _cache(model, 2, size), backend, 1, most)
     # Without duck shapes, sizes that happen to be equal at the start may differ later: nothing is compiled again.
     no_duck_shapes: Any = fx_config
     with torch._dynamo.config.patch(recompile_limit=_MAX_COMPILED), no_duck_shapes.patch(use_duck_shape=False):
-        if config.mode != "eager":
-            for num_tokens in (1, 2):
-                probe.run_empty(num_tokens)
+        probe = ModelRunner(model, _cache(model, 2, size), backend, 1, most)
+        _compile(probe, mode)
         tokens = config.cache_tokens or _tokens_that_fit(model, config, probe)
         context = min(most, tokens)
         if config.max_context and context < config.max_context:
             raise EngineError(
                 f"max_context is {config.max_context}; the model and the KV cache take up to {context} tokens"
             )
-        cache = _cache(model, -(-tokens // size) + 1, size)
-        runner = ModelRunner(model, cache, backend, config.max_seqs, context)
-        if config.mode != "eager":
-            for num_tokens in (1, 2):  # again: a cache this large may need wider addresses
-                runner.run_empty(num_tokens)
-        if config.mode == "graph":
+        runner = ModelRunner(model, _cache(model, -(-tokens // size) + 1, size), backend, config.max_seqs, context)
+        _compile(runner, mode)  # again: a cache this large may need wider addresses
+        if mode == "graph":
             _capture(runner, config)
-    seconds = perf_counter() - start if config.mode != "eager" else 0.0
-    return runner, warmed + seconds
+    return runner, warmed + (perf_counter() - start if mode != "eager" else 0.0)
+
+
+def _compile(runner: ModelRunner, mode: str) -> None:
+    if mode != "eager":
+        for num_tokens in (1, 2):
+            runner.run_empty(num_tokens)
 
 
 def _warm_up(model: Decoder, config: EngineConfig) -> float:
@@ -105,22 +108,28 @@ def _warm_up(model: Decoder, config: EngineConfig) -> float:
         n, k = model.lm_head.values.shape
         needed.append(([WeightShape("linear", n, k)], config.max_seqs))
     try:
-        return sum(warmup(each, model.form.dtype, model.form.device, most).seconds for each, most in needed)
+        return sum(
+            warmup(each, model.weight_format.dtype, model.weight_format.device, most).seconds for each, most in needed
+        )
     except ValueError as error:  # a damaged file of tiles, or a card that no kernel is for
         raise EngineError(str(error)) from error
 
 
 def _cache(model: Decoder, num_blocks: int, block_size: int) -> KvCache:
+    tokens, weights = num_blocks * block_size, model.weight_format
+    advice = f"no memory for a KV cache of {tokens} tokens; give fewer with cache_tokens"
+    needed = tokens * KvCache.bytes_per_token(model.config, weights.dtype)
+    if tokens >= _MOST_SLOTS or (weights.device.type == "cpu" and needed > psutil.virtual_memory().available):
+        raise EngineError(advice)
     try:
-        return KvCache(model.config, num_blocks, block_size, model.form.dtype, model.form.device)
+        return KvCache(model.config, num_blocks, block_size, weights.dtype, weights.device)
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        tokens = num_blocks * block_size
-        raise EngineError(f"no memory for a KV cache of {tokens} tokens; give fewer with cache_tokens") from error
+        raise EngineError(advice) from error
 
 
 def _tokens_that_fit(model: Decoder, config: EngineConfig, probe: ModelRunner) -> int:
     """Cache tokens for which memory is left after the weights and the largest step."""
-    device = model.form.device
+    device = model.weight_format.device
     if device.type != "cuda":
         return CPU_CACHE_TOKENS
     torch.cuda.reset_peak_memory_stats(device)
@@ -130,9 +139,8 @@ def _tokens_that_fit(model: Decoder, config: EngineConfig, probe: ModelRunner) -
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     left = free - activations - (1 - config.memory_fraction) * total
-    tokens = (
-        int(left // KvCache.bytes_per_token(model.config, model.form.dtype)) // config.block_size * config.block_size
-    )
+    fitting = int(left // KvCache.bytes_per_token(model.config, model.weight_format.dtype))
+    tokens = min(fitting, _MOST_SLOTS - 2 * config.block_size) // config.block_size * config.block_size
     if tokens < 2 * config.block_size:
         raise EngineError(
             f"after weights and activations {max(left, 0) / 2**30:.1f} GiB of {device} are left for the KV cache; give "

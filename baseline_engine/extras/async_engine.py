@@ -10,10 +10,10 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable
 
+from rowint8.baseline_engine.config import SamplingParams
 from rowint8.baseline_engine.engine import Engine, Prompt
 from rowint8.baseline_engine.errors import EngineError
 from rowint8.baseline_engine.request import Request, TokenEvent
-from rowint8.baseline_engine.sampler import SamplingParams
 
 Deliver = Callable[[TokenEvent | EngineError], None]
 
@@ -24,13 +24,15 @@ class AsyncEngine:
     def __init__(self, engine: Engine):
         self._engine = engine
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._listeners: dict[int, Deliver] = {}
+        self._listeners: dict[int, tuple[Request, Deliver]] = {}
         self._indices = itertools.count()
         self._lock = threading.Lock()
         self._accepting = False
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
 
     async def __aenter__(self) -> "AsyncEngine":
+        if self._thread.ident is not None:
+            raise EngineError("this AsyncEngine has served already; make a new one")
         self._accepting = True
         self._thread.start()
         return self
@@ -73,7 +75,7 @@ class AsyncEngine:
             self._commands.put(lambda: self._drop(request))
 
     def _add(self, request: Request, deliver: Deliver) -> None:
-        self._listeners[request.index] = deliver
+        self._listeners[request.index] = request, deliver
         self._engine.scheduler.add(request)
 
     def _drop(self, request: Request) -> None:
@@ -92,16 +94,25 @@ class AsyncEngine:
                     self._commands.get()()  # sleeps until something comes
                 self._obey()
                 for event in self._engine.step():
-                    if event.request in self._listeners:
-                        self._listeners[event.request](event)
+                    self._deliver(event.request, event)
         except Exception as error:
             end = EngineError(f"the engine failed: {error}")
             end.__cause__ = error
         self._stop()
         self._obey()
-        for deliver in self._listeners.values():  # whoever still waits must learn of it
-            deliver(end)
+        for index in list(self._listeners):  # whoever still waits must learn of it
+            self._deliver(index, end)
         self._engine.abort_all()
+
+    def _deliver(self, index: int, event: TokenEvent | EngineError) -> None:
+        """Hands an event to who waits for it; a request whose event loop has closed ends, and no other."""
+        if index not in self._listeners:
+            return
+        request, deliver = self._listeners[index]
+        try:
+            deliver(event)
+        except RuntimeError:
+            self._drop(request)
 
     def _obey(self) -> None:
         while not self._commands.empty():

@@ -59,7 +59,8 @@ def run_baseline(model: Path, dtype: str, prompts: Sequence[Sequence[int]]) -> l
     from rowint8.baseline_engine.engine import Engine, EngineConfig
     from rowint8.baseline_engine.sampler import SamplingParams
 
-    engine = Engine(EngineConfig(str(model), quantization="rowint8", dtype=dtype))  # pyright: ignore[reportArgumentType]
+    settings: dict[str, Any] = {"quantization": "rowint8", "dtype": dtype, "mode": "eager"}
+    engine = Engine(EngineConfig(str(model), **settings))
     completions = engine.generate(prompts, SamplingParams(max_tokens=TOKENS, ignore_eos=True))
     return [completion.token_ids for completion in completions]
 

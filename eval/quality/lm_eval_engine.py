@@ -49,7 +49,7 @@ class EngineLM(TemplateLM):
         self.tokenizer: Any = AutoTokenizer.from_pretrained(pretrained, trust_remote_code=False)
         self.max_length, self.max_gen_toks = max_length, max_gen_toks
         # One token more: the engine keeps a place for what it would generate.
-        self._engine = Engine(EngineConfig(pretrained, max_context=max_length + 1, **settings))
+        self._engine = Engine(EngineConfig(pretrained, **{"mode": "eager", "max_context": max_length + 1, **settings}))
         self._device = self._engine.device
 
     @property

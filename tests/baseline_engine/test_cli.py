@@ -10,7 +10,7 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from rowint8.baseline_engine.extras.cli import app
+from rowint8.baseline_engine.extras.command import app
 
 FAST = ["--dtype", "float32", "--device", "cpu"]
 COMMAND = [sys.executable, "-c", "from rowint8.baseline_engine.extras.cli import main; main()"]

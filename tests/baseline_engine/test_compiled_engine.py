@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
+from rowint8.baseline_engine.config import MAX_LOGPROBS, SamplingParams
 from rowint8.baseline_engine.engine import Engine
 from rowint8.baseline_engine.layers import RmsNorm, WeightFormat
 from rowint8.baseline_engine.request import Completion
-from rowint8.baseline_engine.sampler import MAX_LOGPROBS, SamplingParams
 from rowint8.eval.engines.probe import Compilations
 from tests.baseline_engine.harness import assert_all_memory_returned, engine_for, tokens_of
 from tests.tiny_models import prompts_of_ids, write_tiny
@@ -63,7 +63,7 @@ def test_cuda_equals_cpu(folder, quantization, mode):
     assert tokens_of(cuda, PROMPTS, sampled) == tokens_of(cuda, PROMPTS, sampled)
     assert cuda.metrics is not None
     assert cuda.metrics.peak_mem > cuda.metrics.weight_bytes
-    assert bool(cuda.runner.graphs) == (mode == "graph")
+    assert bool(cuda.runner.decode_graphs) == (mode == "graph")
     assert_all_memory_returned(cuda)
 
 

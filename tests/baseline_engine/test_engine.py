@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from rowint8.baseline_engine.config import SamplingParams
 from rowint8.baseline_engine.errors import EngineError
-from rowint8.baseline_engine.sampler import SamplingParams
 from tests.baseline_engine.harness import (
     engine_for,
     greedy_of_transformers,
@@ -169,20 +169,20 @@ def test_half_precision_rounds_no_more_than_transformers_does(smollm2, in_fp32, 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quantization": "int4"}, "quantization is 'int4'; accepted are none, rowint8"),
-        ({"mode": "fast"}, "mode is 'fast'; accepted are eager, compile, graph"),
+        ({"quantization": "int4"}, "quantization is 'int4'; it should be 'none' or 'rowint8'"),
+        ({"mode": "fast"}, "mode is 'fast'; it should be 'auto', 'eager', 'compile' or 'graph'"),
         ({"mode": "graph"}, "mode is 'graph', which needs a CUDA GPU"),
         ({"dtype": "float64"}, "dtype is 'float64'"),
         ({"fused": True}, "fused SwiGLU is an INT8 operator"),
         ({"int8_lm_head": True}, "int8_lm_head is part of rowint8; give quantization rowint8"),
-        ({"device": "tpu"}, "device is 'tpu'; accepted are auto, cpu, cuda"),
-        ({"device": "meta"}, "device is 'meta'; accepted are auto, cpu, cuda"),
-        ({"device": "cuda:1"}, "device is 'cuda:1'; accepted are auto, cpu, cuda"),
-        ({"max_context": 0}, "max_context is 0; accepted is 1 or more"),
-        ({"cache_tokens": 0}, "cache_tokens is 0; accepted is 1 or more"),
-        ({"max_seqs": 0}, "max_seqs is 0; accepted is 1 or more"),
-        ({"prompt_graph_tokens": 2048}, "prompt_graph_tokens is 2048; accepted are 0 and 32 to 1024"),
-        ({"memory_fraction": 1.5}, "memory_fraction is 1.5; accepted is above 0 and up to 1"),
+        ({"device": "tpu"}, "device is 'tpu'; it should be 'auto', 'cpu' or 'cuda'"),
+        ({"device": "meta"}, "device is 'meta'; it should be 'auto', 'cpu' or 'cuda'"),
+        ({"device": "cuda:1"}, "device is 'cuda:1'; it should be 'auto', 'cpu' or 'cuda'"),
+        ({"max_context": 0}, "max_context is 0; it should be greater than or equal to 1"),
+        ({"cache_tokens": 0}, "cache_tokens is 0; it should be greater than or equal to 1"),
+        ({"max_seqs": 0}, "max_seqs is 0; it should be greater than or equal to 1"),
+        ({"prompt_graph_tokens": 2048}, "prompt_graph_tokens is 2048; it should be 0 or less than or equal to 1024"),
+        ({"memory_fraction": 1.5}, "memory_fraction is 1.5; it should be less than or equal to 1"),
         ({"max_context": 200}, "max_context is 200; the model and the KV cache take up to 128"),
         ({"max_context": 100, "cache_tokens": 64}, "max_context is 100; the model and the KV cache take up to 64"),
         ({"cache_tokens": 10**15}, "no memory for a KV cache of 1000000000000016 tokens"),

@@ -91,7 +91,7 @@ def test_generation_config_adds_end_of_sequence_ids(tmp_path, eos, generation, e
     ],
 )
 def test_what_tells_the_families_apart(tmp_path, family, changes, expected):
-    config = read(tmp_path, architectures=[f"{family}ForCausalLM"], **changes)
+    config = read(tmp_path, architectures=[f"{family}ForCausalLM"], num_key_value_heads=8, **changes)
     assert (config.qkv_bias, config.o_bias, config.qk_norm, config.sliding_window) == expected
 
 
@@ -106,7 +106,8 @@ def test_a_null_window_is_none(tmp_path):
     ("changes", "message"),
     [
         (
-            {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "max_window_layers": 1},
+            {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "max_window_layers": 1}
+            | {"num_key_value_heads": 8},
             "layers with and without sliding window",
         ),
         (
@@ -115,12 +116,15 @@ def test_a_null_window_is_none(tmp_path):
         ),
         ({"architectures": None}, "architecture none named"),
         ({"hidden_size": None, "vocab_size": None}, "missing vocab_size, hidden_size"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; it should be 'silu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"already quantized \(gptq\)"),
-        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 2.0}}, "rope scaling 'yarn'"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 2.0}},
+            "rope scaling: rope_type is 'yarn'; it should be 'default' or 'llama3'",
+        ),
         ({"num_key_value_heads": 3}, "query heads must be a multiple of key heads"),
         ({"head_dim": 7}, "even"),
-        ({"dtype": "float64"}, "dtype float64; accepted are float32, bfloat16, float16"),
+        ({"dtype": "float64"}, "dtype is 'float64'; it should be 'float32', 'bfloat16' or 'float16'"),
         ({"hidden_size": "many"}, "hidden_size"),
     ],
 )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rowint8.baseline_engine.sampler import SamplingParams
+from rowint8.baseline_engine.config import SamplingParams
 from tests.baseline_engine.harness import assert_all_memory_returned, engine_for, tokens_of
 from tests.tiny_models import prompts_of_ids, write_tiny
 

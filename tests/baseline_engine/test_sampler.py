@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rowint8.baseline_engine.config import SamplingParams
 from rowint8.baseline_engine.errors import SettingError
-from rowint8.baseline_engine.sampler import SamplingParams, SamplingState, sample
+from rowint8.baseline_engine.sampler import SamplingState, sample
 
 LOGITS = torch.tensor([1.0, 3.0, 0.5, 2.5, -1.0, 2.0])
 
@@ -148,23 +149,23 @@ def test_logprobs_come_as_many_as_the_greediest_row_asks_for():
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens is 0; accepted is 1 or more"),
-        ({"temperature": -0.1}, r"temperature is -0.1; accepted is 0 \(greedy\) or at least 1e-05"),
+        ({"max_tokens": 0}, "max_tokens is 0; it should be greater than or equal to 1"),
+        ({"temperature": -0.1}, "temperature is -0.1; it should be 0 or greater than or equal to 0.00001"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf"),
         ({"temperature": 1e-9}, "temperature is 1e-09"),
-        ({"top_k": -1, "temperature": 1.0}, "top_k is -1; accepted is 1 or more, or 0"),
-        ({"top_p": 0.0, "temperature": 1.0}, "top_p is 0.0; accepted is above 0 and up to 1"),
+        ({"top_k": -1, "temperature": 1.0}, "top_k is -1; it should be greater than or equal to 0"),
+        ({"top_p": 0.0, "temperature": 1.0}, "top_p is 0.0; it should be greater than 0"),
         ({"top_p": 1.1, "temperature": 1.0}, "top_p is 1.1"),
         ({"top_p": float("nan"), "temperature": 1.0}, "top_p is nan"),
-        ({"min_p": -0.1, "temperature": 1.0}, r"min_p is -0.1; accepted is 0 \(off\) to 1"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; accepted is above 0"),
+        ({"min_p": -0.1, "temperature": 1.0}, "min_p is -0.1; it should be greater than or equal to 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; it should be greater than or equal to 0.01"),
         ({"repetition_penalty": float("inf")}, "repetition_penalty is inf"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**63}, "seed is 9223372036854775808"),
-        ({"stop": ("",)}, r"stop is \('',\); accepted is a list of texts, none of them empty"),
-        ({"stop": "END"}, "stop is 'END'; accepted is a list"),
-        ({"logprobs": 21}, "logprobs is 21; accepted is 0 to 20, or None"),
+        ({"stop": ("",)}, r"stop\[0\] is ''; String should have at least 1 character"),
+        ({"stop": "END"}, "stop is 'END'; it should be a valid tuple"),
+        ({"logprobs": 21}, "logprobs is 21; it should be less than or equal to 20"),
         ({"top_k": 5}, "no effect at temperature 0; set a temperature"),
         ({"top_p": 0.5}, "no effect at temperature 0; set a temperature"),
         ({"min_p": 0.5}, "no effect at temperature 0; set a temperature"),

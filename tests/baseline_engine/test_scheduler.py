@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from rowint8.baseline_engine.block_pool import BlockPool
+from rowint8.baseline_engine.config import SamplingParams
 from rowint8.baseline_engine.request import Request
-from rowint8.baseline_engine.sampler import SamplingParams, SamplingState
+from rowint8.baseline_engine.sampler import SamplingState
 from rowint8.baseline_engine.scheduler import Scheduler
 
 BLOCKS, BLOCK_SIZE, MAX_SEQS, BUDGET = 12, 3, 4, 8

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from rowint8.baseline_engine.config import SamplingParams
 from rowint8.baseline_engine.errors import EngineError
-from rowint8.baseline_engine.sampler import SamplingParams
 from rowint8.baseline_engine.scoring import Text, score
 from tests.baseline_engine.harness import assert_all_memory_returned, engine_for, load_transformers, tokens_of
 from tests.tiny_models import prompts_of_ids, write_tiny

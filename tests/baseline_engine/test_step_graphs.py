@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from rowint8.baseline_engine import runner as runner_module
-from rowint8.baseline_engine.sampler import SamplingParams
+from rowint8.baseline_engine import graphs as graphs_module
+from rowint8.baseline_engine.config import SamplingParams
 from tests.baseline_engine.harness import assert_all_memory_returned, engine_for, tokens_of
 from tests.tiny_models import prompts_of_ids, write_tiny
 
@@ -65,7 +65,7 @@ class Replays:
 @pytest.fixture
 def capture(monkeypatch):
     """Makes an engine's steps captured ones."""
-    monkeypatch.setattr(runner_module, "capture_graph", Replays.capture_graph)
+    monkeypatch.setattr(graphs_module, "capture_graph", Replays.capture_graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     Replays.sizes.clear()
 
@@ -93,13 +93,13 @@ def test_captured_steps_write_what_plain_ones_do(folder, capture, lengths):
 
 
 def test_block_tables_are_sent_only_when_they_change(folder, capture, monkeypatch):
-    sent, to_device = [], runner_module.to_device
+    sent, to_device = [], graphs_module.to_device
 
     def counted(values, device):
         sent.append(values)
         return to_device(values, device)
 
-    monkeypatch.setattr(runner_module, "to_device", counted)
+    monkeypatch.setattr(graphs_module, "to_device", counted)
     engine = capture(engine_for(folder, **LIMITS), [32])
     sent.clear()
     size = engine.config.block_size
@@ -108,7 +108,7 @@ def test_block_tables_are_sent_only_when_they_change(folder, capture, monkeypatc
 
 
 def test_a_step_that_fits_no_graph_runs_without(folder, capture, monkeypatch):
-    monkeypatch.setattr(runner_module, "PROMPT_CONTEXT", 20)
+    monkeypatch.setattr(graphs_module, "PROMPT_CONTEXT", 20)
     prompts, params = prompts_of_ids(40, 30), SamplingParams(max_tokens=3)
     expected = tokens_of(engine_for(folder, **LIMITS), prompts, params)
     engine = capture(engine_for(folder, **LIMITS), [32, 64])
