@@ -1,6 +1,7 @@
 """The only chooser: operator, tokens, weight and card decide the tile, and the type of the tile decides the kernel.
 
-A new kernel needs a type of tile (`tiles/types.py`), a place in `tiles/pick.py` and a launcher here.
+A new product needs an entry in OPERATORS here and one in the table of `ops`. A new kernel needs a type of tile
+(`tiles/types.py`), a place in `tiles/pick.py` and its launcher here.
 """
 
 from collections.abc import Callable
