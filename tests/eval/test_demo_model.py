@@ -17,7 +17,7 @@ def fake_conversion(monkeypatch, tmp_path):
 
     def convert(gguf, folder):
         converted.append(folder)
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         for name in MODEL_FILES:
             (folder / name).write_text(name)
 
@@ -45,7 +45,6 @@ def test_fills_an_empty_folder(tmp_path, fake_conversion):
 @pytest.mark.parametrize("error", [RuntimeError("disk full"), KeyboardInterrupt()])
 def test_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch, fake_conversion, error):
     def convert(gguf, folder):
-        folder.mkdir()
         (folder / "config.json").write_text("{}")
         raise error
 
@@ -75,6 +74,16 @@ def test_two_at_once_keep_the_first(tmp_path, monkeypatch, fake_conversion):
     monkeypatch.setattr(demo_model, "convert_gguf", slow)
     assert make_demo_model(folder) is True
     assert (folder / "config.json").read_text() == "first"
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, fake_conversion):
+    def convert(gguf, folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(demo_model, "convert_gguf", convert)
+    with pytest.raises(EvalError, match=r"^cannot write .*small: No space left on device$"):
+        make_demo_model(tmp_path / "small")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_absent_package(monkeypatch):
