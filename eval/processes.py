@@ -39,8 +39,8 @@ def run_quietly(command: Sequence[str], env: Mapping[str, str]) -> str:
     Raises:
         EvalError: it failed; the message holds the end of what it wrote.
     """
-    pipes: dict[str, Any] = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    with running(command, env, **pipes, text=True, errors="replace") as process:
+    pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
+    with running(command, env, **pipes) as process:
         out, log = process.communicate()
     if process.returncode != 0:
         raise EvalError(failure(command, process.returncode, out + log))
@@ -50,21 +50,21 @@ def run_quietly(command: Sequence[str], env: Mapping[str, str]) -> str:
 def run_worker(
     function: Callable[..., Any], request: Mapping[str, Any], env: Mapping[str, str], timeout: float | None = None
 ) -> Any:
-    """Calls `function(**request)` in a new Python process (see `worker`); request and result travel as JSON.
+    """Calls `function(**request)` in a new Python process (see `worker`); request and result are JSON files.
 
     Nothing is left running. A result that was written counts even if an engine then fails to stop.
 
     Raises:
         EvalError: it failed or took more than `timeout` seconds; the message holds the end of what it wrote.
     """
+    name = f"{function.__module__}:{function.__qualname__}"
     with tempfile.TemporaryDirectory() as scratch:
-        result, log = Path(scratch) / "result.json", Path(scratch) / "log"
-        name = f"{function.__module__}:{function.__qualname__}"
-        command = [sys.executable, "-m", "rowint8.eval.worker", name, str(result)]
-        pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        with log.open("w") as stream, running(command, env, stdout=stream, **pipes) as process:
+        given, result, log = (Path(scratch) / file for file in ("request.json", "result.json", "log"))
+        given.write_text(json.dumps(request))
+        command = [sys.executable, "-m", "rowint8.eval.worker", name, str(given), str(result)]
+        with log.open("w") as stream, running(command, env, stdout=stream, stderr=subprocess.STDOUT) as process:
             with suppress(subprocess.TimeoutExpired):
-                process.communicate(json.dumps(request), timeout)
+                process.wait(timeout)
             returncode = process.returncode
         if not result.exists():
             raise EvalError(failure([command[0], name], returncode, log.read_text(errors="replace")))
@@ -75,17 +75,41 @@ def run_worker(
 def running(
     command: Sequence[str], env: Mapping[str, str], stop_timeout: float = 0, **options: Any
 ) -> Iterator[subprocess.Popen]:
-    """A command in a session of its own, for as long as the block lasts.
+    """A command in a session of its own, for as long as the block lasts; killed if this process dies in between.
+
+    It begins only when it is watched, and has nothing to read from stdin.
 
     Args:
         stop_timeout: seconds that it has at the end, after SIGINT, before it is killed with all that it started.
         options: as of `subprocess.Popen`.
     """
-    process = subprocess.Popen(command, env=env, start_new_session=True, **options)
-    try:
-        yield process
-    finally:
-        stop(process, stop_timeout)
+    with _watcher() as watch:
+        waiting = ["/bin/sh", "-c", 'read _ && exec "$@"', "sh", *command]
+        options |= dict(stdin=subprocess.PIPE, start_new_session=True)
+        process: Any = subprocess.Popen(waiting, env=env, **options)
+        try:
+            watch(process.pid)
+            with process.stdin as begins:
+                os.write(begins.fileno(), b"\n")
+            process.stdin = None
+            yield process
+        finally:
+            stop(process, stop_timeout)
+
+
+@contextmanager
+def _watcher() -> Iterator[Callable[[int], None]]:
+    """A process that outlives this one, however it ends, and then kills the group that it was told.
+
+    It waits for the end of its stdin, which only this process holds open.
+    """
+    watch = ["/bin/sh", "-c", 'read group; read _; kill -KILL "-$group"']
+    quiet: dict[str, Any] = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    with subprocess.Popen(watch, stdin=subprocess.PIPE, text=True, bufsize=1, **quiet) as watcher:
+        try:
+            yield lambda group: print(group, file=watcher.stdin, flush=True)
+        finally:
+            watcher.kill()
 
 
 def stop(process: subprocess.Popen, timeout: float) -> None:

@@ -1,7 +1,7 @@
-"""The other side of `processes.run_worker`: `python -m rowint8.eval.worker MODULE:FUNCTION RESULT < REQUEST`.
+"""The other side of `processes.run_worker`: `python -m rowint8.eval.worker MODULE:FUNCTION REQUEST RESULT`.
 
-REQUEST is a JSON object of the function's arguments; the file RESULT receives what it returns, as JSON. A file, because
-engines and their own processes write to stdout.
+The file REQUEST holds the function's arguments as a JSON object; the file RESULT receives what it returns, as JSON. Not
+stdout, which engines and their own processes write to.
 """
 
 import importlib
@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 
-def serve(function: str, result: str) -> None:
+def serve(function: str, request: str, result: str) -> None:
     """Calls the function once."""
     module, _, name = function.partition(":")
-    answer = getattr(importlib.import_module(module), name)(**json.load(sys.stdin))
+    answer = getattr(importlib.import_module(module), name)(**json.loads(Path(request).read_text()))
     Path(result).write_text(json.dumps(answer))
 
 

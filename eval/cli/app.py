@@ -126,7 +126,9 @@ def _made_demo_model() -> Path:
 
 def main() -> None:
     """Entry point. What the user can put right is printed without a traceback; exit status 1."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup lets it
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     ready_streams()
     try:
         try:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rowint8.eval.errors import EvalError
-from rowint8.eval.processes import console_script, failure, stop, vllm_environment
+from rowint8.eval.processes import console_script, failure, running, vllm_environment
 
 START_TIMEOUT = 600.0
 """Seconds. A first start on a GPU may compile for minutes."""
@@ -32,17 +32,14 @@ def vllm_server(model: Path, options: Sequence[str] = (), ranks: int = 1) -> Ite
     """
     port = free_port()
     command = [console_script("vllm"), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *options]
-    with tempfile.TemporaryFile(mode="w+", errors="replace") as log:
-        process = subprocess.Popen(
-            command, env=vllm_environment(ranks), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            if not wait_until_healthy(process, f"http://127.0.0.1:{port}/health"):
-                log.seek(0)
-                raise EvalError(failure(command, process.poll(), log.read()))
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            stop(process, STOP_TIMEOUT)
+    with (
+        tempfile.TemporaryFile(mode="w+", errors="replace") as log,
+        running(command, vllm_environment(ranks), STOP_TIMEOUT, stdout=log, stderr=subprocess.STDOUT) as process,
+    ):
+        if not wait_until_healthy(process, f"http://127.0.0.1:{port}/health"):
+            log.seek(0)
+            raise EvalError(failure(command, process.poll(), log.read()))
+        yield f"http://127.0.0.1:{port}/v1"
 
 
 _PORTS = range(20_000, 30_000)

@@ -68,8 +68,9 @@ def test_wrong_usage_exits_with_2(arguments):
     assert "Traceback" not in done.stderr
 
 
-def test_sigterm_unwinds():
-    """`timeout` and `make` end a program with SIGTERM, which must still stop a server that it started."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_sigterm_unwinds(number):
+    """`timeout` and `make` end a program with SIGTERM, a terminal with SIGHUP; it still stops what it started."""
     program = (
         "import rowint8.eval.cli.app as cli, time\n"
         "def app():\n"
@@ -81,6 +82,6 @@ def test_sigterm_unwinds():
     with process:
         assert process.stdout is not None
         assert process.stdout.readline() == "up\n"
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         assert process.stdout.read() == "unwound\n"
-    assert process.returncode == 143
+    assert process.returncode == 128 + number

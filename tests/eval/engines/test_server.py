@@ -76,7 +76,7 @@ def test_server_is_stopped_after_an_error_in_the_block(stand_in, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         fail()
-    assert len(running) == 2, "the server and its child"
+    assert len(running) == 3, "the server, its child and what watches over them"
     assert gone(running)
 
 

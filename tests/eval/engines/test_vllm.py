@@ -301,7 +301,7 @@ def test_prompts_are_the_same_for_every_setup():
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """Lets a shell script stand in for the worker: $4 is its result file."""
+    """Lets a shell script stand in for the worker: $4 is its request, $5 its result."""
 
     def install(body: str) -> None:
         script = tmp_path / "python"
@@ -313,7 +313,7 @@ def stand_in(tmp_path, monkeypatch):
 
 
 def test_the_worker_gets_the_setup(stand_in, tmp_path):
-    stand_in(f"cat > {tmp_path}/request; env > {tmp_path}/env; echo '{{}}' > $4")
+    stand_in(f"cp $4 {tmp_path}/request; env > {tmp_path}/env; echo '{{}}' > $5")
     setup = Setup({"quantization": "fp8", "load_format": "auto"}, {"ROWINT8_TEST": "there"})
     assert run_setup(setup, {"model": "m", "load_format": "dummy"}, [REQUESTS], 4) == {}
     request = json.loads((tmp_path / "request").read_text())
@@ -325,7 +325,7 @@ def test_the_worker_gets_the_setup(stand_in, tmp_path):
 
 
 def test_a_result_counts_even_if_vllm_fails_to_stop(stand_in):
-    stand_in("echo '{\"start_s\": 1}' > $4; exit 134")
+    stand_in("echo '{\"start_s\": 1}' > $5; exit 134")
     assert run_setup(SETUPS["bf16"], {}, [REQUESTS], 1) == {"start_s": 1}
 
 
