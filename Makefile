@@ -2,7 +2,7 @@
 # its memory for themselves.
 WORKERS ?= $(shell nvidia-smi > /dev/null 2>&1 && echo 0 || echo 2)
 
-.PHONY: demo test test-vllm-0.26 setup lint sanitize
+.PHONY: demo test test-vllm-0.26 setup lint sanitize stamp
 
 demo: setup
 	.venv/bin/rowint8 demo
@@ -22,6 +22,10 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
+
+# Lets result files name the commit where the code runs without git: before a wheel is built or the tree is copied.
+stamp:
+	.venv/bin/python -c "from rowint8.eval.results.environment import write_stamp; print(write_stamp())"
 
 # On a machine with a CUDA GPU and compute-sanitizer in PATH. racecheck does not see that one thread's arrival at an
 # mbarrier, after a barrier of its warps, orders what all of them wrote; so it skips the kernel that is built on that.

@@ -1,13 +1,26 @@
-"""What this machine is and what is installed, for the environment block of a result file."""
+"""What this machine is and what is installed, for the environment block of a result file.
 
+The commit comes from git. Where the code runs without git, as from a wheel or on a machine that has a copy of the tree,
+it comes from a stamp that travels with the code: `make stamp` writes it.
+"""
+
+import hashlib
+import json
 import os
 import platform
 import subprocess
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from rowint8.eval.errors import EvalError
 from rowint8.eval.results.files import Environment
+from rowint8.eval.writing import write_file
+
+STAMP = "commit.json"
+"""The stamp's name, beside this file. It holds the commit, whether tracked files differed from it, and `_digest`."""
+_FOLDERS = ("kernels", "baseline_engine", "vllm_plugin", "eval")
 
 
 def describe_environment() -> Environment:
@@ -15,21 +28,21 @@ def describe_environment() -> Environment:
     import torch
 
     gpu = torch.cuda.is_available()
-    commit = _git_commit()
+    commit, dirty = _from_git() or _from_stamp() or (None, None)
     return Environment(
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         device=torch.cuda.get_device_name() if gpu else cpu_model(),
-        driver=_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
+        driver=_driver() if gpu else None,
         os=platform.platform(),
         threads=torch.get_num_threads(),
         python=platform.python_version(),
-        rowint8=version("rowint8"),
+        rowint8=_version("rowint8") or "not installed",
         torch=torch.__version__,
         triton=_version("triton"),
-        transformers=version("transformers"),
+        transformers=_version("transformers"),
         vllm=_version("vllm"),
         git_commit=commit,
-        git_dirty=_has_changes() if commit else None,
+        git_dirty=dirty,
     )
 
 
@@ -49,15 +62,51 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
-    """Only where this very file is tracked: an installed copy may lie inside a checkout of something else."""
+@cache
+def _driver() -> str | None:
+    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+
+
+def _from_git() -> tuple[str, bool] | None:
+    """The commit and whether tracked files differ from it, but for results, which a measurement writes as it goes.
+
+    None where this very file is not tracked: an installed copy may lie inside a checkout of something else.
+    """
     tracked = _git("ls-files", "--error-unmatch", Path(__file__).name)
-    return _git("rev-parse", "--verify", "HEAD") if tracked else None
+    commit = _git("rev-parse", "--verify", "HEAD") if tracked else None
+    changes = "--untracked-files=no", "--", ":(top)", ":(top,exclude)results"
+    return (commit, bool(_git("status", "--porcelain", *changes))) if commit else None
 
 
-def _has_changes() -> bool:
-    """Whether tracked files differ from the commit, but for results, which a measurement writes as it goes."""
-    return bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)results"))
+def write_stamp() -> Path:
+    """Writes the stamp beside this file, for copies of the code that have no git.
+
+    Raises:
+        EvalError: git does not know the commit here, or the file cannot be written.
+    """
+    found = _from_git()
+    if found is None:
+        raise EvalError(f"{Path(__file__).parent} is in no git checkout of the code; stamp it where it is")
+    path = Path(__file__).with_name(STAMP)
+    write_file(path, json.dumps({"commit": found[0], "dirty": found[1], "digest": _digest()}) + "\n")
+    return path
+
+
+def _from_stamp() -> tuple[str, bool] | None:
+    """As `_from_git`. Code that is not what was stamped counts as changed."""
+    try:
+        stamp = json.loads(Path(__file__).with_name(STAMP).read_text())
+    except FileNotFoundError:
+        return None
+    return stamp["commit"], stamp["dirty"] or stamp["digest"] != _digest()
+
+
+def _digest() -> str:
+    """SHA-256 over the names and contents of the Python files, which lie in these folders in a tree and in a wheel."""
+    root, digest = Path(__file__).parents[2], hashlib.sha256()
+    for path in sorted(path for folder in _FOLDERS for path in (root / folder).rglob("*.py")):
+        digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def _git(*arguments: str) -> str | None:

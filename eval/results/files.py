@@ -35,10 +35,10 @@ class Environment:
     rowint8: Name
     torch: Name
     triton: Name | None
-    transformers: Name
+    transformers: Name | None
     vllm: Name | None
     git_commit: Name | None
-    """The code that measured; None where it does not run from a git checkout."""
+    """The code that measured; None where it runs without git and without a stamp (`make stamp`)."""
     git_dirty: bool | None
     """Whether tracked files differ from that commit."""
 

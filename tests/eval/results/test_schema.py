@@ -1,6 +1,7 @@
 """rowint8.eval.results: what is written is what is read, and what is wrong is refused with its place."""
 
 import json
+import shutil
 import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -254,18 +255,47 @@ def test_environment_of_this_machine_is_valid():
     assert (found.git_commit is None) == (found.git_dirty is None)
 
 
+def checkout(folder, *names):
+    """Makes a git checkout of empty files, all committed."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("")
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=folder, check=True)
+
+
 @pytest.mark.parametrize(("changed", "dirty"), [("results/a.json", False), ("code.py", True)])
 def test_results_that_are_being_measured_are_no_change_of_the_code(tmp_path, monkeypatch, changed, dirty):
-    def git(*arguments):
-        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True)
-
-    (tmp_path / "results").mkdir()
-    for name in ("results/a.json", "code.py", "environment.py"):
-        (tmp_path / name).write_text("")
-    git("init", "-q")
-    git("add", ".")
-    git("commit", "-qm", "all")
+    checkout(tmp_path, "results/a.json", "code.py", "environment.py")
     monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))
     assert describe_environment().git_dirty is False
     (tmp_path / changed).write_text("changed")
     assert describe_environment().git_dirty is dirty
+
+
+def test_the_stamp_names_the_commit_where_there_is_no_git(tmp_path, monkeypatch):
+    checkout(tmp_path / "tree", "eval/results/environment.py", "kernels/a.py")
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "tree/eval/results/environment.py"))
+    commit = describe_environment().git_commit
+    assert commit
+    environment.write_stamp()
+    shutil.copytree(tmp_path / "tree", tmp_path / "copy", ignore=shutil.ignore_patterns(".git"))
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "copy/eval/results/environment.py"))
+    found = describe_environment()
+    assert (found.git_commit, found.git_dirty) == (commit, False)
+    (tmp_path / "copy/kernels/a.py").write_text("changed")
+    found = describe_environment()
+    assert (found.git_commit, found.git_dirty) == (commit, True), "the code is not what was stamped"
+    with pytest.raises(EvalError, match="is in no git checkout of the code; stamp it where it is"):
+        environment.write_stamp()
+    (tmp_path / "copy/eval/results" / environment.STAMP).unlink()
+    found = describe_environment()
+    assert (found.git_commit, found.git_dirty) == (None, None)
+
+
+def test_git_goes_before_the_stamp(tmp_path, monkeypatch):
+    checkout(tmp_path, "eval/results/environment.py")
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "eval/results/environment.py"))
+    commit = describe_environment().git_commit
+    (tmp_path / "eval/results" / environment.STAMP).write_text('{"commit": "old", "dirty": false, "digest": ""}')
+    assert describe_environment().git_commit == commit
