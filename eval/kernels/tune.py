@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rowint8.baseline_engine.errors import one_line
 from rowint8.eval.errors import EvalError
 from rowint8.eval.kernels.bench import check_agrees
 from rowint8.eval.kernels.shapes import Shape
@@ -187,13 +188,12 @@ def model_shapes(folder: Path) -> list[Shape]:
     if not (folder / "config.json").is_file():
         raise EvalError(f"{folder} is not a model folder (no config.json)")
     try:
-        config = AutoConfig.from_pretrained(folder).get_text_config()
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
         hidden, heads, intermediate = config.hidden_size, config.num_attention_heads, config.intermediate_size
-    except (OSError, ValueError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise EvalError(f"{folder} has no config.json of a dense decoder: {reason}") from None
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    qkv = (heads + 2 * getattr(config, "num_key_value_heads", heads)) * head_dim
+        head_dim = getattr(config, "head_dim", None) or hidden // heads
+        qkv = (heads + 2 * getattr(config, "num_key_value_heads", heads)) * head_dim
+    except Exception as error:  # a config may hold anything, and each family fails at it in its own way
+        raise EvalError(f"{folder} has no config.json of a dense decoder: {one_line(error)}") from None
     return [
         Shape("qkv", qkv, hidden),
         Shape("o", hidden, heads * head_dim),

@@ -47,11 +47,11 @@ def whole_folder(out: Path) -> Iterator[Path]:
 def refuse_existing(out: Path) -> None:
     """Raises EvalError where `out` is a file, a folder, a link or no possible name."""
     try:
-        os.path.abspath(out).encode()
+        os.fsencode(os.path.abspath(out)).decode("utf-8")
         exists = out.exists() or out.is_symlink()
     except OSError as error:
         raise EvalError(f"cannot write {out}: {error.strerror}") from None
-    except UnicodeEncodeError:
+    except UnicodeDecodeError:
         raise EvalError(f"cannot write {out}: the name is no UTF-8, and safetensors reads no others") from None
     if exists:
         raise EvalError(f"{out} exists already; remove it or give another folder")
