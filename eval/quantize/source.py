@@ -201,10 +201,10 @@ def _meta_model(folder: Path, trust_remote_code: bool) -> Any:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # a config may hold anything, and each model fails at it in its own way
-        reason = one_line(error)
+        reason = str(error) or type(error).__name__
     if "trust_remote_code" in reason:
         raise EvalError(f"{folder} needs Python code of its own; read it, then give --trust-remote-code to run it")
-    raise EvalError(f"{folder}: transformers has no causal language model for it: {reason[:200]}")
+    raise EvalError(f"{folder}: transformers has no causal language model for it: {one_line(reason)[:200]}")
 
 
 def _check_tensors(folder: Path, model: Any, layers: Collection[str], header: Header) -> None:

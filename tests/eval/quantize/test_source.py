@@ -1,7 +1,9 @@
 """rowint8.eval.quantize.source: what a checkpoint may be; all else is refused in one line, and nothing is written."""
 
+import io
 import json
 import os
+import resource
 import shutil
 import time
 
@@ -9,7 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rowint8.eval.quantize.source import INDEX
+from rowint8.eval.errors import EvalError
+from rowint8.eval.quantize.checkpoint import round_to_nearest, write_checkpoint
+from rowint8.eval.quantize.source import INDEX, open_source
+from rowint8.eval.quantize.text import token_windows
 from tests.eval.quantize.harness import (
     UP,
     assert_holds,
@@ -231,3 +236,71 @@ def test_the_layout_of_the_hubs_cache_is_read(model, tmp_path):
     write(snapshot, tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.json").read_text() == '{"version": "1.0"}'
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+
+Path("{marker}").touch()
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def with_code(model, tmp_path, monkeypatch):
+    """A model of a kind that only its own Python file knows, which leaves a mark when it runs."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\ny\n"))
+    (model / "own.py").write_text(CODE.format(marker=tmp_path / "ran"))
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    edit_json(model / "config.json", lambda config: config.update(model_type="own", auto_map=auto_map))
+    return model
+
+
+def test_code_of_a_checkpoint_is_not_run(with_code, tmp_path):
+    assert "give --trust-remote-code to run it" in refusal(with_code)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(EvalError, match="no tokenizer that loads"):
+        token_windows(with_code, "text", 8, 8)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_of_a_checkpoint_is_run_and_copied_where_it_is_trusted(with_code, tmp_path):
+    source = open_source(with_code, trust_remote_code=True)
+    write_checkpoint(source, tmp_path / "out", "rowint8", (), round_to_nearest(source.layers))
+    assert (tmp_path / "ran").exists()
+    assert (tmp_path / "out" / "own.py").read_text() == (with_code / "own.py").read_text()
+    assert_holds(tmp_path / "out", with_code)
+
+
+def test_a_known_model_with_code_is_read_without_it(model, tmp_path):
+    (model / "own.py").write_text(CODE.format(marker=tmp_path / "ran"))
+    edit_json(model / "config.json", lambda config: config.update(auto_map={"AutoModelForCausalLM": "own.OwnModel"}))
+    write(model, tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "out" / "own.py").exists()
+
+
+def test_a_full_disk_while_tensors_are_written_is_one_line(model):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        assert "cannot write" in refusal(model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_every_file_is_as_readable_as_the_umask_lets(model, tmp_path):
+    before = os.umask(0o022)
+    try:
+        write(model, tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o644}
