@@ -6,11 +6,13 @@ core and every worker process.
 
 
 def register() -> None:
-    """Adds `rowint8` to the quantization methods and norms that vLLM knows. Calling it again changes nothing."""
+    """Adds `rowint8` to the methods and norms that vLLM knows, and guards its models. Again, it changes nothing."""
     from vllm.model_executor.layers.quantization import register_quantization_config
 
     from rowint8.vllm_plugin.config import RowInt8Config
+    from rowint8.vllm_plugin.hooks import install
     from rowint8.vllm_plugin.norm import register_provider
 
     register_quantization_config("rowint8")(RowInt8Config)
     register_provider()
+    install()

@@ -1,7 +1,8 @@
-"""The attributes that this plugin sets on vLLM's layers and parameters. No other file sets one.
+"""The attributes that this plugin sets on vLLM's models, layers and parameters. No other file sets one.
 
 On a parameter:
 
+    weight_loader        vLLM's: the function that copies a tensor of the checkpoint into it
     loaded_parts         ours: how many numbers the checkpoint filled, by the part of a merged layer
     weight_loader_numel  vLLM's: how many the checkpoint has to fill, where padding makes them fewer than all
     vocab_layer          ours, on an embedding's weight: the layer (a weak reference), for a head that shares the weight
@@ -11,8 +12,13 @@ On a layer:
     weight_loader                                  vLLM's: loads the bias, which vLLM registers after `create_weights`
     _already_called_process_weights_after_loading  vLLM's: whether the weights are quantized; a reload deletes it
 
-They stand there, not in a method, because vLLM copies a parameter with its attributes when it moves it from the meta
-device and for every reload.
+On a model:
+
+    load_weights    vLLM's: wrapped by `guard`, which notes what it was given
+    compute_logits  vLLM's: wrapped by `logits`, which looks for NaN
+
+The parts stand on the parameter, not in a method, because vLLM copies a parameter with its attributes when it moves it
+from the meta device and for every reload.
 """
 
 from collections.abc import Callable
@@ -50,6 +56,16 @@ def set_vocab_layer(layer: Any) -> None:
 def vocab_layer(weight: Any) -> Any:
     """The embedding layer whose weight this is."""
     return weight.vocab_layer()
+
+
+def set_loader(param: Any, loader: Callable) -> None:
+    """Sets the function by which vLLM loads the parameter."""
+    param.weight_loader = loader
+
+
+def set_function(model: Any, name: str, function: Callable) -> None:
+    """Makes the model use a function in place of its method of that name."""
+    setattr(model, name, function)
 
 
 def set_bias_loader(layer: Any, loader: Callable) -> None:

@@ -12,7 +12,6 @@ model; a head that vLLM computes in a dtype of its own (`head_dtype`); the exper
 them as they were.
 """
 
-import re
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from rowint8.kernels.ops import ACTIVATION_DTYPES
+from rowint8.vllm_plugin.ignore import check_entries, matches, renamed
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -75,17 +75,15 @@ class RowInt8Config(QuantizationConfig):
         ignore = config.get("ignore", [])
         if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
             raise ValueError(f'rowint8: ignore must be a list of names or "re:" patterns, got {ignore!r}')
-        _compile_patterns(ignore)
-        ignores_head = [name for name in ignore if _names_head(name)]
+        check_entries(ignore)
+        ignores_head = [entry for entry in ignore if matches("lm_head", entry) or entry.endswith(".lm_head")]
         if flags["lm_head"] and ignores_head:
             raise ValueError(f'rowint8: lm_head is true, but ignore holds {ignores_head[0]!r}; set "lm_head": false')
         return cls(ignore=ignore, **flags)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Turns full checkpoint names into vLLM's; patterns are the user's to write."""
-        patterns = [name for name in self.ignore if name.startswith("re:")]
-        names = [name for name in self.ignore if not name.startswith("re:")]
-        self.ignore = patterns + hf_to_vllm_mapper.apply_list(names)
+        """Turns names of the checkpoint into vLLM's."""
+        self.ignore = renamed(self.ignore, hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method for one layer of the model; None leaves it to vLLM's unquantized one. It changes nothing else."""
@@ -144,18 +142,3 @@ def _is_router(layer: nn.Module, prefix: str) -> bool:
 
     name = prefix.split(".")[-1]
     return isinstance(layer, ReplicatedLinear) and (name in ("gate", "router") or name.endswith("_experts_gate"))
-
-
-def _compile_patterns(ignore: list[str]) -> None:
-    for name in ignore:
-        try:
-            re.compile(name.removeprefix("re:"))
-        except re.error as error:
-            raise ValueError(f"rowint8: ignore holds {name!r}, not a regular expression: {error}") from error
-
-
-def _names_head(name: str) -> bool:
-    """Whether an entry of `ignore` covers the language model head."""
-    if name.startswith("re:"):
-        return re.match(name.removeprefix("re:"), "lm_head") is not None
-    return name.split(".")[-1] == "lm_head"

@@ -28,7 +28,7 @@ from vllm.model_executor.utils import replace_parameter
 from rowint8.kernels import ops
 from rowint8.kernels.quantize import Int8Weight, quantize_rowwise
 from rowint8.vllm_plugin import attached
-from rowint8.vllm_plugin.loading import FLOATS, SAVED_FROM_MEMORY, guarded_loader, refuse_incomplete
+from rowint8.vllm_plugin.loading import FLOATS, SAVED_FROM_MEMORY, Int8Method, guarded_loader, refuse_incomplete
 from rowint8.vllm_plugin.model import prepare_model
 from rowint8.vllm_plugin.warmup import warm_up
 
@@ -38,7 +38,7 @@ _HINT_BIAS = "biases are never quantized"
 _HINT_SERIALIZED = 'to quantize while loading, set "serialized": false in quantization_config'
 
 
-class RowInt8LinearMethod(LinearMethodBase):
+class RowInt8LinearMethod(LinearMethodBase, Int8Method):
     """Weights of one linear layer: quantized while loading, or read as INT8 where `serialized`.
 
     vLLM makes one instance per layer, and says in `create_weights` what it is a layer of.

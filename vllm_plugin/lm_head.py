@@ -15,6 +15,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 from rowint8.kernels import ops
 from rowint8.vllm_plugin import attached
 from rowint8.vllm_plugin.linear import RowInt8LinearMethod
+from rowint8.vllm_plugin.loading import Int8Method
 
 
 class RowInt8VocabMethod(RowInt8LinearMethod):
@@ -35,8 +36,10 @@ class RowInt8VocabMethod(RowInt8LinearMethod):
         return (values * embedding(input_, layer.weight_scale[:, None]).float()).to(layer.params_dtype)
 
 
-class TiedHeadMethod(LinearMethodBase):
+class TiedHeadMethod(LinearMethodBase, Int8Method):
     """A head whose weights are those of the embedding; it has none of its own."""
+
+    owns_weights = False
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         """Registers nothing: the checkpoint fills the embedding."""

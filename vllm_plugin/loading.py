@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import CopyCounter
 
 from rowint8.vllm_plugin import attached
@@ -22,6 +23,15 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 SAVED_FROM_MEMORY = ("sharded_state", "runai_streamer_sharded")
 """Load formats of files that `save_sharded_state` wrote: each rank's parameters as they were in memory, so INT8."""
+
+_HINT_AGAIN = "a checkpoint may hold it once, and other weights come in through `reload_weights`"
+
+
+class Int8Method:
+    """A layer's method of this plugin, which guards the layer itself."""
+
+    owns_weights = True
+    """Whether the checkpoint fills the layer, and no other one that it shares its weights with."""
 
 
 def guarded_loader(load: Callable, layer: nn.Module, name: str, dtypes: tuple[torch.dtype, ...], hint: str) -> Callable:
@@ -42,6 +52,8 @@ def guarded_loader(load: Callable, layer: nn.Module, name: str, dtypes: tuple[to
 
     @wraps(load)
     def guarded(param: Any, loaded_weight: Tensor, *shard: Any) -> Any:
+        if attached.is_processed(layer) and not get_layerwise_info(layer).can_load():
+            raise ValueError(f"{name}: it is quantized already, and a second tensor for it came; {_HINT_AGAIN}")
         if loaded_weight.dtype not in dtypes:
             accepted = " or ".join(str(dtype) for dtype in dtypes)
             raise ValueError(f"{name}: the checkpoint has {loaded_weight.dtype}, expected {accepted}; {hint}")

@@ -27,7 +27,7 @@ from vllm.platforms import current_platform
 from rowint8.kernels import ops
 from rowint8.vllm_plugin import attached
 from rowint8.vllm_plugin.linear import quantize_part
-from rowint8.vllm_plugin.loading import FLOATS, SAVED_FROM_MEMORY, guarded_loader, refuse_incomplete
+from rowint8.vllm_plugin.loading import FLOATS, SAVED_FROM_MEMORY, Int8Method, guarded_loader, refuse_incomplete
 
 try:  # in vLLM versions whose CPU build has no router, the method chooses the experts itself
     from vllm.model_executor.layers.fused_moe.cpu_fused_moe import (  # pyright: ignore[reportMissingImports]
@@ -56,7 +56,7 @@ def why_unquantized(layer: Any) -> str | None:
     return None
 
 
-class RowInt8MoEMethod(OnlineMoEMethodBase):
+class RowInt8MoEMethod(OnlineMoEMethodBase, Int8Method):
     """The experts of one layer, on a GPU. vLLM makes one instance per layer; `prefix` is its name, for messages."""
 
     def __init__(self, moe: Any, prefix: str) -> None:

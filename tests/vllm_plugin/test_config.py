@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +11,7 @@ pytest.importorskip("vllm")
 
 from rowint8 import vllm_plugin
 from rowint8.vllm_plugin import config as config_module
+from rowint8.vllm_plugin import ignore
 from rowint8.vllm_plugin.config import RowInt8Config
 
 
@@ -103,3 +105,63 @@ def test_ignored_names_follow_the_models_renaming_and_patterns_stay():
     config = RowInt8Config(ignore=["model.layers.0.mlp.down_proj", "re:model.*o_proj"])
     config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
     assert sorted(config.ignore) == ["language_model.model.layers.0.mlp.down_proj", "re:model.*o_proj"]
+
+
+def test_a_name_with_a_star_is_refused_with_the_pattern_it_may_mean():
+    for name, pattern in {
+        "model.layers.*.mlp.down_proj": r"re:model\.layers\..*\.mlp\.down_proj",
+        "*": "re:.*",
+        "*down_proj": "re:.*down_proj",
+        "model.layers.*": r"re:model\.layers\..*",
+    }.items():
+        with pytest.raises(ValueError, match="a name is taken as it is") as error:
+            RowInt8Config.from_config({"quant_method": "rowint8", "ignore": [name]})
+        assert str(error.value).endswith(f'a pattern is "{pattern}"')
+
+
+MAPPERS = {
+    "a part of the name": ({"substr": {".self_attention.dense.": ".self_attn.o_proj."}}, "h.0.self_attention.dense"),
+    "a last part with a dot behind it": ({"substr": {".fc1.": ".mlp.fc1."}}, "encoder.layers.0.fc1"),
+    "a prefix with a dot behind it": ({"prefix": {"lm_head.": "language_model.lm_head."}}, "lm_head"),
+    "an ending": ({"suffix": {".w2.weight": ".down_proj.weight"}}, "vision.projector.w2"),
+}
+
+
+@pytest.mark.parametrize("case", MAPPERS)
+def test_names_are_renamed_as_their_weights_are(case):
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    renaming, name = MAPPERS[case]
+    mapper = WeightsMapper(**{f"orig_to_new_{kind}": mapping for kind, mapping in renaming.items()})
+    config = RowInt8Config(ignore=[name, "re:.*fc1", "other.fc2"])
+    config.apply_vllm_mapper(mapper)
+    assert [f"{config.ignore[0]}.weight"] == mapper.apply_list([f"{name}.weight"])
+    assert config.ignore[0] != name
+    assert config.ignore[1:] == ["re:.*fc1", "other.fc2"]
+
+
+NAMES = [
+    *("model.embed_tokens", "lm_head", "model.layers.0.mlp.experts"),
+    *("model.layers.0.self_attn.qkv_proj", "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"),
+]
+UNMATCHED = {
+    "model.layers.0.mlp.dwn_proj": "; the nearest is 'model.layers.0.mlp.down_proj'",
+    "model.layers.0.mlp": '; a name is full, and a pattern for it is "re:.*model\\.layers\\.0\\.mlp"',
+    "down_proj": '; a name is full, and a pattern for it is "re:.*down_proj"',
+    "re:down_proj": '; a pattern matches from the start of a name: "re:.*down_proj"',
+    "re:.*vision": "",
+}
+
+
+@pytest.mark.parametrize("entry", UNMATCHED)
+def test_an_entry_that_means_no_layer_is_warned_of_with_what_it_may_mean(monkeypatch, entry):
+    lines = []
+    monkeypatch.setattr(ignore.logger, "warning", lambda text, *values: lines.append(text % values))
+    monkeypatch.setattr(ignore, "layer_names", lambda model, packed: NAMES)
+    known = ["lm_head", "re:.*experts", "model.layers.0.self_attn.q_proj", entry]
+    for ranks in (1, 2):
+        config = SimpleNamespace(
+            quant_config=RowInt8Config(ignore=known), parallel_config=SimpleNamespace(pipeline_parallel_size=ranks)
+        )
+        ignore.warn_of_unmatched(None, config)
+    assert lines == [f"rowint8: ignore holds {entry!r}, which is no layer of this model{UNMATCHED[entry]}"]
