@@ -53,6 +53,7 @@ MODELS = {
     "llama-3.1-70b": _shaped(_LLAMA_3_1, 8192, 28672, 80, 64, 8),
     "qwen2.5-0.5b": _shaped(_QWEN_2_5, 896, 4864, 24, 14, 2),
     "qwen2.5-1.5b": _shaped(_QWEN_2_5, 1536, 8960, 28, 12, 2, max_position_embeddings=131072),
+    "qwen2.5-7b": _shaped(_QWEN_2_5, 3584, 18944, 28, 28, 4, vocab_size=152064, tie_word_embeddings=False),
     "tiny": _shaped(_LLAMA_3_1, 128, 256, 2, 2, 2, vocab_size=512, bos_token_id=1, eos_token_id=2),
 }
 """config.json of each model; "tiny" is for trying a command."""

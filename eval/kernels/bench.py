@@ -2,7 +2,7 @@
 
 The calls of a product rotate over copies of the weight that together exceed the L2 cache several times, as the layers
 of a model do. `add_rms_norm` finds the same activations in L2 on every call, as between the layers of a model, where
-they are few enough. `rowint8.eval.kernels.timing` says how a call is timed.
+they are few enough. `rowint8.eval.kernels.timing` says how the candidates of a row are timed beside one another.
 
 `host_us` is the host's time for a call of ours or of cuBLAS, which only queues work: what a step costs at least where
 no CUDA graph replays it, as with long prompts.
@@ -10,7 +10,7 @@ no CUDA graph replays it, as with long prompts.
 What an entry of a row's `us` is:
 
     rowint8, cublas_bf16 (cublas_fp16)  this project's operator; the dense weight in the activations' dtype
-    marlin, machete, gemlite, humming   other W8A16 kernels, in `linear` rows
+    marlin, machete, gemlite, humming   other W8A16 kernels, in `linear` rows; the last two where `is_timed` says
     unfused, cublas_...                 in `swiglu` rows: the product, then torch's SiLU and product, two kernels
     ..._vllm                            in `swiglu` rows: a product, then vLLM's `silu_and_mul`; unfused_vllm is ours
     eager, compiled...                  the operator in plain torch (`bench_candidates`), as it is or by torch.compile
@@ -33,11 +33,14 @@ from rowint8.eval.kernels.budget import Budget
 from rowint8.eval.kernels.gemlite_peer import compile_ahead
 from rowint8.eval.kernels.inductor import MODES, compile_logged
 from rowint8.eval.kernels.peers import Product
-from rowint8.eval.kernels.shapes import Op, Shape
-from rowint8.eval.kernels.timing import Call, graph_us, rotated_copies
+from rowint8.eval.kernels.shapes import FEW_COUNTS, SHAPES, Op, Shape
+from rowint8.eval.kernels.timing import Call, Replay, capture, in_turns, paired_ratio, rotated_copies, summary
+from rowint8.eval.models import DEFAULT_MODEL
+from rowint8.eval.results.clock import sm_mhz
 from rowint8.eval.results.schema import Compilation, KernelRow
 from rowint8.kernels import ops
 from rowint8.kernels.quantize import quantize_rowwise
+from rowint8.kernels.warmup import WeightShape, warmup
 
 READY_S: dict[str, float] = {
     "marlin": 60,
@@ -52,12 +55,18 @@ READY_S: dict[str, float] = {
 
 _CUBLAS = {torch.bfloat16: "cublas_bf16", torch.float16: "cublas_fp16"}
 _NORM_CALLS = 20
-_HOST_CALLS = 64
+_HOST_CALLS = 32
 """Few enough for the GPU's queue, so that none waits for room in it."""
 _AGREE = 0.02
 
 Candidates = dict[str, list[Call]]
 """Name to the calls that are timed one after the other: one per copy of the weight."""
+_SLOW_PEERS = ("gemlite", "humming")
+
+
+def is_timed(peer: str, shape: Shape, m: int) -> bool:
+    """Whether a peer is timed there: those that compile and tune for minutes only on one model and at few counts."""
+    return peer not in _SLOW_PEERS or (shape in SHAPES[DEFAULT_MODEL] and m in FEW_COUNTS)
 
 
 class KernelBench:
@@ -67,8 +76,8 @@ class KernelBench:
         dtype: of the activations, bf16 or fp16.
         announce: is told who is left out and why, and how long the others took to get ready.
         peers: names in `kernel_peers.PEERS`; with any, also vLLM's small kernels.
-        compiled: names in `bench_compile.MODES` that the products are compiled by; with any, also eager mode.
-        ready_s, device, timer: for tests.
+        compiled: names in `inductor.MODES` that the products are compiled by; with any, also eager mode.
+        ready_s, device, capture: for tests.
     """
 
     def __init__(
@@ -79,9 +88,9 @@ class KernelBench:
         compiled: Sequence[str] = (),
         ready_s: Mapping[str, float] = READY_S,
         device: str = "cuda",
-        timer: Callable[[Sequence[Call]], tuple[float, float]] = graph_us,
+        capture: Callable[[Sequence[Call]], Replay] = capture,
     ) -> None:
-        self._dtype, self._device, self._timer = dtype, device, timer
+        self._dtype, self._device, self._capture = dtype, device, capture
         self._announce = announce
         self._peers, self._compiled = peers, compiled
         self._budget = Budget(ready_s, announce)
@@ -90,22 +99,34 @@ class KernelBench:
 
     def rows(self, shapes: Sequence[Shape], tokens: Sequence[int]) -> Iterator[KernelRow]:
         """A row for every operator of every shape and number of tokens, as soon as it is measured."""
+        self._compile_ours(shapes, max(tokens))
         products = [shape for shape in shapes if "linear" in shape.ops]
         self._vllm = bool(self._peers and self._budget.run("vllm", kernel_peers.load_vllm))
-        if "gemlite" in self._peers and products:
-            sizes, seconds = [shape[1:3] for shape in products], self._budget.left_s("gemlite") / 2
-            self._budget.run("gemlite", partial(compile_ahead, sizes, tokens, self._dtype, seconds))
+        met = [(shape, m) for shape in products for m in tokens if is_timed("gemlite", shape, m)]
+        if "gemlite" in self._peers and met:
+            sizes, counts = (list(dict.fromkeys(each)) for each in zip(*((s[1:3], m) for s, m in met), strict=True))
+            seconds = self._budget.left_s("gemlite") / 2
+            self._budget.run("gemlite", partial(compile_ahead, sizes, counts, self._dtype, seconds))
         for shape in shapes:
             yield from (self._product_rows if shape in products else self._norm_rows)(shape, tokens)
+
+    def _compile_ours(self, shapes: Sequence[Shape], most: int) -> None:
+        """In parallel, what would else be compiled one after the other, at the first call of each kernel."""
+        weights = [WeightShape(op, shape.n, shape.k) for shape in shapes for op in shape.ops]
+        ready = warmup(weights, self._dtype, torch.device(self._device), most)
+        if ready.kernels:
+            self._announce(f"rowint8: made {ready.kernels} kernels ready in {ready.seconds:.1f} s")
 
     def _product_rows(self, shape: Shape, tokens: Sequence[int]) -> Iterator[KernelRow]:
         dense = [self._random(shape.n, shape.k) * shape.k**-0.5 for _ in range(rotated_copies(shape.n, shape.k))]
         int8 = [quantize_rowwise(weight) for weight in dense]
-        made = {name: self._made(name, shape, int8) for name in self._peers}
+        named = [name for name in self._peers if any(is_timed(name, shape, m) for m in tokens)]
+        made = {name: self._made(name, shape, int8) for name in named}
         for m in tokens:
             x = self._random(m, shape.k)
             reference = ops.linear(x, *int8[0])
-            calls = {name: [partial(product, x) for product in products] for name, products in made.items()}
+            timed = {name: products for name, products in made.items() if is_timed(name, shape, m)}
+            calls = {name: [partial(product, x) for product in products] for name, products in timed.items()}
             peers = {name: calls[name] for name in calls if self._is_ready(name, calls[name], reference)}
             candidates: Candidates = {
                 "rowint8": [partial(ops.linear, x, *w) for w in int8],
@@ -141,20 +162,29 @@ class KernelBench:
         return candidates
 
     def _norm_rows(self, shape: Shape, tokens: Sequence[int]) -> Iterator[KernelRow]:
+        weight = self._random(shape.n)
+        by_torch = self._norms_by_torch(shape, weight)
         for m in tokens:
             x, residual = self._random(m, shape.n), self._random(m, shape.n)
-            weight = self._random(shape.n)
-            candidates: Candidates = {
-                "rowint8": [partial(ops.add_rms_norm, x, residual, weight, plain.EPS)] * _NORM_CALLS
-            }
             reference = ops.add_rms_norm(x, residual, weight, plain.EPS)
-            if self._vllm:
-                in_place = partial(kernel_peers.add_rms_norm, x.clone(), residual.clone(), weight, plain.EPS)
-                if self._is_ready("vllm", [in_place], reference):
-                    candidates["vllm"] = [in_place] * _NORM_CALLS
-            arguments = [(x, residual, weight)] * _NORM_CALLS
-            by_torch, facts = self._by_torch(plain.add_rms_norm, arguments, reference, ["compiled"])
-            yield self._row("add_rms_norm", shape, m, candidates | by_torch, facts)
+            calls = {name: partial(call, x, residual, weight) for name, (call, _) in by_torch.items()}
+            if self._vllm:  # it works in place
+                calls["vllm"] = partial(kernel_peers.add_rms_norm, x.clone(), residual.clone(), weight, plain.EPS)
+            others = {name: call for name, call in calls.items() if self._is_ready(name, [call], reference)}
+            ours: dict[str, Call] = {"rowint8": partial(ops.add_rms_norm, x, residual, weight, plain.EPS)}
+            candidates = {name: [call] * _NORM_CALLS for name, call in (ours | others).items()}
+            facts = {name: fact for name, (_, fact) in by_torch.items() if self._compiled and fact and name in others}
+            yield self._row("add_rms_norm", shape, m, candidates, facts)
+
+    def _norms_by_torch(self, shape: Shape, weight: Tensor) -> dict[str, tuple[Callable, Compilation | None]]:
+        """The norm in plain torch, and compiled once for any number of tokens from 2 on; torch compiles anew for 1."""
+        torch._dynamo.reset()
+        x, residual = self._random(2, shape.n), self._random(2, shape.n)
+        for each in (x, residual):
+            torch._dynamo.mark_dynamic(each, 0)
+        work = partial(compile_logged, plain.add_rms_norm, (x, residual, weight), MODES["compiled"], dynamic=None)
+        made = self._budget.run("compiled", work)
+        return {"eager": (plain.add_rms_norm, None)} | ({"compiled": (made[0], made[2])} if made else {})
 
     def _by_torch(
         self, expression: Callable, arguments: Sequence[tuple], reference: Any, modes: Sequence[str]
@@ -177,8 +207,12 @@ class KernelBench:
         return {name: [partial(call, *given) for given in arguments] for name, call in functions.items()}, facts
 
     def _row(self, op: Op, shape: Shape, m: int, candidates: Candidates, facts: dict[str, Compilation]) -> KernelRow:
-        timed = {name: self._time(name, calls) for name, calls in candidates.items()}
-        measured = {name: times for name, times in timed.items() if times}
+        before = sm_mhz()
+        captured = {name: self._captured(name, calls) for name, calls in candidates.items()}
+        times = in_turns({name: replay for name, replay in captured.items() if replay})
+        after = sm_mhz()
+        us, spread = ({name: summary(each)[part] for name, each in times.items()} for part in (0, 1))
+        others = {name: each for name, each in times.items() if name != "rowint8"}
         return KernelRow(
             op=op,
             shape=shape.name,
@@ -186,15 +220,17 @@ class KernelBench:
             M=m,
             N=shape.n,
             K=shape.k,
-            us={name: median for name, (median, _) in measured.items()},
-            spread={name: spread for name, (_, spread) in measured.items()},
-            host_us={name: self._host_us(candidates[name]) for name in measured if name in self._on_host},
+            us=us,
+            spread=spread,
+            paired={name: paired_ratio(times["rowint8"], each) for name, each in others.items()} or None,
+            sm_mhz=(before, after) if before and after else None,
+            host_us={name: self._host_us(candidates[name]) for name in times if name in self._on_host},
             compiler=facts or None,
         )
 
-    def _time(self, name: str, calls: list[Call]) -> tuple[float, float] | None:
-        """(median, spread) in microseconds; None where others cannot be captured or run out of memory."""
-        work = partial(self._timer, calls)
+    def _captured(self, name: str, calls: list[Call]) -> Replay | None:
+        """None where others cannot be captured or run out of memory."""
+        work = partial(self._capture, calls)
         return self._budget.attempt(name, work) if name in self._budget else work()
 
     def _host_us(self, calls: list[Call]) -> float:
@@ -208,6 +244,8 @@ class KernelBench:
 
     def _is_ready(self, name: str, calls: list[Call], reference: Any) -> bool:
         """Whether the first call, which may tune itself, ends within the budget and computes what it should."""
+        if name not in self._budget:
+            return True
         return bool(calls) and bool(self._budget.run(name, lambda: check_agrees(self._finished(calls[0]()), reference)))
 
     def _finished(self, result: Any) -> Any:

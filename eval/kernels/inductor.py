@@ -21,8 +21,10 @@ _TELLING = ("SchedulerNode(", "ExternKernelSchedulerNode(", "cannot fuse", "can 
 """Starts of the lines that say what there was and why it was fused or not."""
 
 
-def compile_logged(expression: Callable, arguments: tuple, mode: str) -> tuple[Callable, Any, Compilation | None]:
-    """Compiles `expression` for the sizes of `arguments`.
+def compile_logged(
+    expression: Callable, arguments: tuple, mode: str, dynamic: bool | None = False
+) -> tuple[Callable, Any, Compilation | None]:
+    """Compiles `expression` for the sizes of `arguments`; with `dynamic` None, for any size that is marked as dynamic.
 
     Caches are not used: a cached graph is not fused again, so nothing would be said about it.
 
@@ -32,7 +34,7 @@ def compile_logged(expression: Callable, arguments: tuple, mode: str) -> tuple[C
     import torch._functorch.config as aot
     import torch._inductor.config as inductor
 
-    compiled = torch.compile(expression, mode=mode, dynamic=False)
+    compiled = torch.compile(expression, mode=mode, dynamic=dynamic)
     uncached = inductor.patch(fx_graph_cache=False), aot.patch(enable_autograd_cache=False)
     with uncached[0], uncached[1], _messages(_CODE) as code, _messages(_FUSION) as fusion:
         result = compiled(*arguments)

@@ -8,6 +8,13 @@ from rowint8.eval.models import DEFAULT_MODEL, MODELS, layer_weights
 Op = Literal["linear", "swiglu", "add_rms_norm"]
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+_REMAINDERS = (33, 40, 48, 56, 65, 72, 80, 96, 112, 129, 144, 160, 192, 200, 224, 257, 288, 320, 384, 448)
+_REMAINDERS += (513, 576, 640, 768, 1000, 1100, 1500, 2500, 3000, 6000)
+EVERY_COUNT = tuple(sorted({*range(1, 33), *_REMAINDERS, *TOKENS}))
+"""What a server meets: every small number of tokens, then every kind of remainder of a tile."""
+FEW_COUNTS = (1, 4, 8, 16, 24, 32, 64, 96, 128, 256)
+"""Where peers that compile and tune for minutes are timed, on the shapes of `DEFAULT_MODEL`."""
+CHAIN_COUNTS = (1, 2, 4, 8, 12, 16, 17, 24, 32, 48, 64, 65, 96, 128, 129, 160, 192, 256, 300, 513, 1100, 3000)
 
 
 class Shape(NamedTuple):
@@ -19,8 +26,12 @@ class Shape(NamedTuple):
     ops: tuple[Op, ...] = ("linear",)
 
 
-_TIMED = {"llama-3.1-8b": 1, "qwen2.5-0.5b": 1, "qwen2.5-1.5b": 1, "llama-3.1-70b": 8}
+_TIMED = {"llama-3.1-8b": 1, "qwen2.5-0.5b": 1, "qwen2.5-1.5b": 1, "qwen2.5-7b": 1, "llama-3.1-70b": 8}
 """Model to the GPUs that share it; one of them holds the shapes."""
+_GEMMA_2_9B = dict(
+    hidden_size=3584, intermediate_size=14336, num_attention_heads=16, num_key_value_heads=8, head_dim=256
+)
+"""Its MLP is GeGLU and its norm adds 1 to the weight, so that `linear` alone serves it."""
 
 
 def _layer(model: str, prefix: str) -> list[Shape]:
@@ -39,6 +50,7 @@ def _named() -> dict[str, list[Shape]]:
     for model, ranks in _TIMED.items():
         name = model if ranks == 1 else f"{model}-tp{ranks}"
         sets[name] = _layer(model, "" if model == DEFAULT_MODEL else f"{name}/")
+    sets["gemma-2-9b"] = [Shape(f"gemma-2-9b/{name}", n, k) for name, (n, k) in layer_weights(_GEMMA_2_9B).items()]
     default = MODELS[DEFAULT_MODEL]
     sets["lm_head"] = [Shape("lm_head", default["vocab_size"], default["hidden_size"])]
     return sets | {shape.name: [shape] for layer in list(sets.values()) for shape in layer}

@@ -1,7 +1,9 @@
-"""What a kernel row means beside its card: what must be moved and computed, the least time for it, the best other."""
+"""What a kernel row means beside its card and the others: the least time for it, the best other, the ratio to it."""
 
 from rowint8.eval.results.schema import Ceilings, KernelRow
 
+EVEN = 0.02
+"""Ratios this near to 1 count as even."""
 _ACTIVATION_BYTES = 2
 
 
@@ -36,3 +38,20 @@ def best_peer(row: KernelRow, prefixes: tuple[str, ...] = ("",)) -> str | None:
     """
     names = [name for name in row.us if not name.startswith(("rowint8", "unfused")) and name.startswith(prefixes)]
     return min(names, key=row.us.__getitem__, default=None)
+
+
+def ratio(row: KernelRow) -> float | None:
+    """Our time / the best peer's: below 1 ours is faster. None without a peer."""
+    best = best_peer(row)
+    if best is None:
+        return None
+    return row.paired[best].value if row.paired else row.us["rowint8"] / row.us[best]
+
+
+def misses(row: KernelRow, prefixes: tuple[str, ...] = ("",)) -> bool:
+    """Whether ours is certainly slower than the best peer of those that begin so: the lower end of the ratio's interval
+    is above 1 + EVEN. Rows without intervals are judged by the ratio."""
+    best = best_peer(row, prefixes)
+    if best is None:
+        return False
+    return (row.paired[best].low if row.paired else row.us["rowint8"] / row.us[best]) > 1 + EVEN

@@ -26,6 +26,7 @@ PARTS: tuple[str, ...] = ("matmul", "attention", "norm", "elementwise", "samplin
 """Parts of a decode step. matmul: products with a weight, and the dequantization and whatever else is fused into them.
 norm: RMSNorm and what is fused into it. elementwise: all other arithmetic on activations (RoPE, SiLU, sums), and the
 writing of new keys and values into the cache. copies: moves, casts, gathers and embeddings. gaps: none of these ran."""
+CHAIN_PRODUCTS: tuple[str, ...] = ("qkv", "o", "gate_up", "down")
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
@@ -266,6 +267,27 @@ class Ceilings:
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
+class Ratio:
+    """One time over another, of replays that took turns in one process (`rowint8.eval.kernels.timing`)."""
+
+    value: Positive
+    """The median of the rounds' ratios."""
+    low: Positive
+    """The median of all such ratios lies between this and `high` with a probability of at least 95%."""
+    high: Positive
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Ratio":
+        if not self.low <= self.value <= self.high:
+            raise ValueError("low, value and high must rise")
+        return self
+
+
+Clocks = tuple[Count, Count]
+"""The multiprocessors' clock before the first and after the last replay of a row, MHz."""
+
+
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Compilation:
     """What torch.compile made of an operator written in plain torch."""
 
@@ -294,14 +316,62 @@ class KernelRow:
     """Median microseconds a call: "rowint8" and what it is compared with."""
     spread: dict[Name, NotNegative]
     """(slowest - fastest) / median of the repetitions, for each entry of `us`."""
+    paired: Annotated[dict[Name, Ratio] | None, Field(exclude_if=lambda value: value is None)] = None
+    """rowint8's time over each other's, in turns; absent from older files, as are the next two."""
+    sm_mhz: Annotated[Clocks | None, Field(exclude_if=lambda value: value is None)] = None
+    """Absent too where the driver does not tell."""
     host_us: Annotated[dict[Name, Positive] | None, Field(exclude_if=lambda value: value is None)] = None
-    """Microseconds of the host to queue a call, for some entries of `us`; absent from older files."""
+    """Microseconds of the host to queue a call, for some entries of `us`."""
     compiler: Annotated[dict[Name, Compilation] | None, Field(exclude_if=lambda value: value is None)] = None
     """For the entries of `us` that torch.compile made; absent where there are none."""
 
 
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
+class ChainRow:
+    """The products and norms of a model's layers on M tokens, attention left out, in one CUDA graph."""
+
+    kind: Literal["chain"] = "chain"
+    chain: Name
+    """The weights' format: "bf16", "rowint8", "fp8", "int8" (both operands) or "machete"."""
+    kernels: Name
+    """What multiplies, normalizes and activates."""
+    model: Name
+    layers: Count
+    M: Count
+    us: Positive
+    """Median microseconds of all layers."""
+    spread: NotNegative
+    """(slowest - fastest) / median of the rounds."""
+    ratio: Ratio | None
+    """This chain's time over bf16's, in turns; None in the rows of bf16."""
+    alone_us: dict[Name, Positive]
+    """Median microseconds a call of "qkv", "o", "gate_up", "down", "norm" and, where gate_up does not hold it,
+    "activation", each in a graph of calls of its own kind, over the weights of all layers."""
+    sm_mhz: Annotated[Clocks | None, Field(exclude_if=lambda value: value is None)] = None
+    """Absent where the driver does not tell."""
+
+    @property
+    def products_alone_us(self) -> float:
+        """The products of all layers, from their isolated calls."""
+        return self.layers * sum(self.alone_us[name] for name in CHAIN_PRODUCTS)
+
+    @property
+    def products_us(self) -> float:
+        """What the products take in the chain: its time less the isolated norms' and activations'."""
+        return self.us - self.layers * (2 * self.alone_us["norm"] + self.alone_us.get("activation", 0.0))
+
+
 Row = Annotated[
-    GenerationRow | VllmRow | EngineRow | QualityRow | AgreementRow | FidelityRow | ProfileRow | ServeRow | KernelRow,
+    GenerationRow
+    | VllmRow
+    | EngineRow
+    | QualityRow
+    | AgreementRow
+    | FidelityRow
+    | ProfileRow
+    | ServeRow
+    | KernelRow
+    | ChainRow,
     Field(discriminator="kind"),
 ]
 """A row of any kind."""

@@ -12,11 +12,21 @@ from rowint8.eval.errors import EvalError
 from rowint8.eval.kernels import gemlite_peer as bench_gemlite
 from rowint8.eval.kernels import peers as kernel_peers
 from rowint8.eval.kernels import plain as plain
-from rowint8.eval.kernels.bench import KernelBench, check_agrees
+from rowint8.eval.kernels.bench import KernelBench, check_agrees, is_timed
 from rowint8.eval.kernels.budget import Budget
 from rowint8.eval.kernels.inductor import MODES, compile_logged
-from rowint8.eval.kernels.shapes import SHAPES, Shape, parse_tokens, select_shapes
+from rowint8.eval.kernels.shapes import (
+    EVERY_COUNT,
+    FEW_COUNTS,
+    SHAPES,
+    TOKENS,
+    Shape,
+    parse_tokens,
+    select_shapes,
+)
+from rowint8.eval.kernels.timing import in_turns, paired_ratio
 from rowint8.eval.models import DEFAULT_MODEL
+from rowint8.eval.results.schema import Ratio
 from rowint8.kernels import reference
 from rowint8.kernels.quantize import Int8Weight, dequantize, quantize_rowwise
 
@@ -106,7 +116,7 @@ def slow(weight, dtype):
 
 def count(calls):
     calls[0]()
-    return len(calls), 0.0
+    return lambda: float(len(calls))
 
 
 @pytest.fixture
@@ -119,7 +129,7 @@ def run(monkeypatch):
 
     def rows(shapes, tokens, names=(), compiled=(), dtype=torch.bfloat16):
         said: list[str] = []
-        bench = KernelBench(dtype, said.append, names, compiled, ready_s, "cpu", timer=count)
+        bench = KernelBench(dtype, said.append, names, compiled, ready_s, "cpu", capture=count)
         return list(bench.rows(shapes, tokens)), said
 
     return rows
@@ -138,7 +148,10 @@ def test_rows_of_a_product_without_others(run):
     assert set(rows[0].us) == {"rowint8", "cublas_bf16"}
     assert set(rows[1].us) == {"rowint8", "cublas_bf16", "unfused"}
     assert all(set(row.host_us) == {"rowint8", "cublas_bf16"} for row in rows)
-    assert rows[0].us["rowint8"] == 32, "small weights rotate over 32 copies"
+    assert rows[0].us["rowint8"] == 128, "small weights rotate over 128 copies"
+    assert rows[0].paired == {"cublas_bf16": Ratio(value=1.0, low=1.0, high=1.0)}
+    assert set(rows[1].paired) == {"cublas_bf16", "unfused"}
+    assert rows[0].sm_mhz is None or torch.cuda.is_available()
     assert all(row.compiler is None and row.dtype == "bfloat16" for row in rows)
     assert said == []
 
@@ -153,7 +166,7 @@ def test_others_that_fail_or_are_wrong_or_too_slow_are_left_out_and_named(run):
     rows, said = run([Shape("o", 32, 64)], (1, 2, 3, 4), ["good", "broken", "wrong", "once", "slow"])
     timed = [set(row.us) - {"rowint8", "cublas_bf16"} for row in rows]
     assert timed == [{"good", "slow"}, {"good", "slow"}, {"good"}, {"good"}]
-    assert any(line.startswith("good: packed 32 copies of o in ") for line in said)
+    assert any(line.startswith("good: packed 128 copies of o in ") for line in said)
     assert "without broken: RuntimeError: no kernel" in said
     assert "without once: StopIteration: " in said, "it computes the product, but fails while it is timed"
     assert any(line.startswith("without wrong: ValueError: it computes something else: relative") for line in said)
@@ -247,6 +260,57 @@ def test_gemlite_is_compiled_apart_for_the_first_of_each_bucket_and_stopped_in_t
     assert len(started) == 2, "nothing starts without time left"
 
 
+def test_candidates_take_turns_and_the_order_alternates():
+    order = []
+    replays = {name: lambda name=name: order.append(name) or float(len(order)) for name in "abc"}
+    times = in_turns(replays, rounds=3)
+    assert "".join(order) == "abccbaabccba"
+    assert times == {"a": [6.0, 7.0, 12.0], "b": [5.0, 8.0, 11.0], "c": [4.0, 9.0, 10.0]}
+
+
+def test_the_paired_ratio_is_a_median_between_ranks_that_cover_it():
+    others = [10.0 * (1 + i % 3) for i in range(12)]
+    ours = [other * (1 + i / 100) for i, other in enumerate(others)]
+    found = paired_ratio(ours, others)
+    assert found.value == pytest.approx(1.055), "drift that both share cancels"
+    assert (found.low, found.high) == (pytest.approx(1.02), pytest.approx(1.09)), "the third and the tenth of 12"
+    few = paired_ratio([1.0, 2.0, 4.0], [1.0, 1.0, 1.0])
+    assert (few.low, few.value, few.high) == (1.0, 2.0, 4.0)
+
+
+@pytest.mark.parametrize("rounds", [6, 9, 12])
+def test_the_interval_holds_the_median_as_often_as_it_says(rounds):
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.rand(4000, rounds, generator=generator) ** 3 + 0.1  # skewed; its median is that of the uniform
+    median = 0.5**3 + 0.1
+    found = [paired_ratio(sample, [1.0] * rounds) for sample in samples.tolist()]
+    share = sum(ratio.low <= median <= ratio.high for ratio in found) / len(found)
+    assert 0.94 < share < 0.985
+
+
+def test_every_count_has_all_small_ones_and_the_remainders():
+    assert set(range(1, 33)) | set(TOKENS) < set(EVERY_COUNT)
+    assert list(EVERY_COUNT) == sorted(set(EVERY_COUNT))
+    remainders = {m % 64 for m in EVERY_COUNT if m > 64}
+    assert {0, 1, 8, 16, 32, 48} <= remainders, "of a tile of 64 tokens"
+    assert set(FEW_COUNTS) < set(EVERY_COUNT)
+
+
+def test_peers_that_tune_for_minutes_are_timed_at_few_counts_of_one_model():
+    llama, qwen = SHAPES["gate_up"][0], SHAPES["qwen2.5-7b/gate_up"][0]
+    for peer in ("gemlite", "humming"):
+        assert [m for m in EVERY_COUNT if is_timed(peer, llama, m)] == list(FEW_COUNTS)
+        assert not any(is_timed(peer, qwen, m) for m in EVERY_COUNT)
+    assert all(is_timed("marlin", shape, m) for shape in (llama, qwen) for m in EVERY_COUNT)
+
+
+def test_a_norm_is_compiled_once_for_all_counts(run):
+    rows, said = run([NORM], (1, 2, 5, 40))
+    assert said == []
+    assert all({"rowint8", "eager", "compiled"} == set(row.us) for row in rows)
+    assert all(row.compiler is None for row in rows), "what was generated is told where it was asked for"
+
+
 def test_shapes_are_those_of_the_models():
     assert [(shape.name, shape.n, shape.k) for shape in SHAPES[DEFAULT_MODEL]] == [
         ("qkv", 6144, 4096),
@@ -256,11 +320,17 @@ def test_shapes_are_those_of_the_models():
         ("h4096", 4096, 4096),
     ]
     assert [shape[1:3] for shape in SHAPES["lm_head"]] == [(128256, 4096)]
-    for layer in (shapes for name, shapes in SHAPES.items() if len(shapes) > 1):
-        qkv, o, gate_up, down, norm = layer
-        assert qkv.k == gate_up.k == down.n == o.n == norm.n
-        assert gate_up.n == 2 * down.k
-        assert norm.ops == ("add_rms_norm",)
+    for name, layer in SHAPES.items():
+        if len(layer) > 1:
+            qkv, o, gate_up, down, *norms = layer
+            assert qkv.k == gate_up.k == down.n == o.n
+            assert gate_up.n == 2 * down.k
+            gated = name == "gemma-2-9b"
+            assert gate_up.ops == (("linear",) if gated else ("linear", "swiglu"))
+            assert [(norm.n, norm.ops) for norm in norms] == ([] if gated else [(o.n, ("add_rms_norm",))])
+    sizes = {name: [shape[1:3] for shape in SHAPES[name][:4]] for name in ("qwen2.5-7b", "gemma-2-9b")}
+    assert sizes["qwen2.5-7b"] == [(4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)]
+    assert sizes["gemma-2-9b"] == [(8192, 3584), (3584, 4096), (28672, 3584), (3584, 14336)]
     assert all(shape.name == name for name, (shape, *rest) in SHAPES.items() if not rest)
 
 
