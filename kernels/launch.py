@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rowint8.kernels.driver import Launcher, TensorMap, make_launcher
+
 
 def dependent_launch(device: torch.device) -> bool:
     """Whether a kernel can be set up while the one in front of it still runs (9.0 and newer; Triton's `launch_pdl`).
@@ -15,7 +17,7 @@ def dependent_launch(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-_compiled: dict[tuple, Any] = {}
+_launchers: dict[tuple, Launcher] = {}
 
 
 def launch(
@@ -24,15 +26,20 @@ def launch(
     """As `kernel[grid](*arguments, **constants, **options)`, in less of the host's time from the second call on.
 
     Triton finds the compilation of a call by looking at every argument. Here `variant` names it: all that a compilation
-    depends on, the name of the kernel first (see `traits`). `constants` are the parameters behind `arguments`.
+    depends on, the name of the kernel first (see `traits`). `constants` are the parameters behind `arguments`. Memory
+    that a kernel reads through TMA is given as a `TensorMap`.
     """
-    compiled = _compiled.get(variant)
-    if compiled is not None:
-        compiled[grid](*arguments, *constants.values())
+    launcher = _launchers.get(variant)
+    if launcher is not None:
+        launcher(grid, arguments)
         return
-    compiled = kernel[grid](*arguments, **constants, **options)
+    given = [each.descriptor if isinstance(each, TensorMap) else each for each in arguments]
+    compiled = kernel[grid](*given, **constants, **options)
     if compiled is not None:  # None: interpreted, not compiled
-        _compiled[variant] = compiled
+        device = next(each.device for each in arguments if isinstance(each, Tensor))
+        launcher = make_launcher(compiled, device)
+        if launcher is not None:
+            _launchers[variant] = launcher
 
 
 def traits(*tensors: Tensor | None) -> tuple:

@@ -24,7 +24,7 @@ if card_of(bias.device).hopper_processors:
     for op in ("linear", "swiglu"):
         for tile in hopper_candidates(op, 1):
             print(op, tile, flush=True)
-            dispatch.run(op, tokens(tile.block_m + 3), *weight, tile=tile)
+            dispatch.run(op, tokens(tile.width + 3), *weight, tile=tile)
 for m in (3, 600):
     print("add_rms_norm", m, flush=True)
     ops.add_rms_norm(tokens(m), tokens(m), torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16), 1e-5)

@@ -10,6 +10,10 @@ tell consumers that a stage has arrived, `empty` barriers tell the producer that
 
 Programs are persistent: at most one a multiprocessor, each takes every gridDim-th tile, or shares some with others.
 
+The tokens of a tile lie in two parts, the second of which may be empty. Each has its own descriptor, sums and
+multiplications; the widened weights are the same. So widths between the powers of two exist, and as the last tile ends
+at the last token, TMA seldom has rows to fill that do not exist, which it does slowly.
+
 This file is device code; `hopper_product` launches it.
 """
 
@@ -22,11 +26,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from rowint8.kernels.hopper.stream_k import announce, leave, share, take, turn_steps, turns
 from rowint8.kernels.int8_convert import PAIR_TO_BF16, PAIR_TO_FP16
+from rowint8.kernels.shared_device_code import silu_times
 
 _memory = gl.shared_memory_descriptor
 # renamed after Triton 3.6
 _reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
+EARLY = gl.constexpr(2)
+"""K steps whose weights are asked for before the kernel in front has ended. More of them delay the first tokens."""
 
 
 class Config(NamedTuple):
@@ -38,6 +46,7 @@ class Config(NamedTuple):
     deep: int
     rows: int
     block_m: int
+    tail: int
     block_k: int
     stages: int
     shared: bool
@@ -54,41 +63,78 @@ def _block(tile, tiles_m, tiles_n, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _produce(given, config: gl.constexpr):
-    """Keeps the ring full, once the kernel before this one has written its output."""
-    weight, x, rings, tiles = given
-    w_ring, x_ring, full, empty = rings
-    tiles_m, tiles_n, steps, waves = tiles
-    FUSED: gl.constexpr = config.fused
-    ACROSS: gl.constexpr = config.across
-    DEEP: gl.constexpr = config.deep
-    ROWS: gl.constexpr = config.rows
+def _first_token(pid_m, M, WIDTH: gl.constexpr):
+    """Where a tile's tokens begin: the last tile ends at M, and what it shares with the one before is stored once."""
+    return gl.maximum(gl.minimum(pid_m * WIDTH, M - WIDTH), 0)
+
+
+@gluon.jit
+def _tail_token(first, M, config: gl.constexpr):
+    """Where the tokens of a tile's second part begin; where M is less than a tile's width, the parts overlap."""
     BLOCK_M: gl.constexpr = config.block_m
+    TAIL: gl.constexpr = config.tail
+    return gl.maximum(gl.minimum(first + BLOCK_M, M - TAIL), 0)
+
+
+@gluon.jit
+def _produce(given, config: gl.constexpr):
+    """Keeps the ring full. The first weights are on their way before the kernel in front has ended: nothing that runs
+    beside this kernel writes weights, but the tokens may be that kernel's output."""
+    weight, x, x_tail, rings, tiles, M = given
+    w_ring, x_ring, tail_ring, full, empty = rings
+    tiles_m, tiles_n, steps, waves = tiles
+    DEEP: gl.constexpr = config.deep
+    BLOCK_M: gl.constexpr = config.block_m
+    TAIL: gl.constexpr = config.tail
     BLOCK_K: gl.constexpr = config.block_k
     STAGES: gl.constexpr = config.stages
     SHARED: gl.constexpr = config.shared
     GROUP: gl.constexpr = config.group
-    gdc_wait()
     begin, end, _ = share(tiles_m * tiles_n, waves, steps)
+    tile, first, last = turn_steps(0, waves, steps, begin, end, SHARED)
+    _, pid_n = _block(tile, tiles_m, tiles_n, GROUP)
+    early = gl.minimum(last - first, min(EARLY, STAGES))
+    for stage in range(early):
+        _load_weight(weight, w_ring, full, stage, pid_n, first + stage, config)
+    gdc_wait()
     stage = 0
     phase = 0
     for turn in range(turns(tiles_m * tiles_n, waves, steps, begin, end, SHARED)):
         tile, first, last = turn_steps(turn, waves, steps, begin, end, SHARED)
         pid_m, pid_n = _block(tile, tiles_m, tiles_n, GROUP)
+        token = _first_token(pid_m, M, BLOCK_M + TAIL)
+        tail_token = _tail_token(token, M, config)
         for step in range(first, last):
-            arrived = full.index(stage)
-            mbarrier.wait(empty.index(stage), phase ^ 1)
-            mbarrier.expect(arrived, DEEP * BLOCK_K * (ACROSS * ROWS + 2 * BLOCK_M))
+            if early > 0:
+                early -= 1
+            else:
+                mbarrier.wait(empty.index(stage), phase ^ 1)
+                _load_weight(weight, w_ring, full, stage, pid_n, step, config)
             for depth in gl.static_range(DEEP):
                 k = (step * DEEP + depth) * BLOCK_K
-                for side in gl.static_range(ACROSS):
-                    if FUSED:
-                        where = [(pid_n * ACROSS + side) * (ROWS // 16), 0, 0, k]
-                    else:
-                        where = [(pid_n * ACROSS + side) * ROWS, k]
-                    _load(weight, where, arrived, w_ring.index((stage * DEEP + depth) * ACROSS + side))
-                _load(x, [pid_m * BLOCK_M, k], arrived, x_ring.index(stage * DEEP + depth))
+                _load(x, [token, k], full.index(stage), x_ring.index(stage * DEEP + depth))
+                if TAIL > 0:
+                    _load(x_tail, [tail_token, k], full.index(stage), tail_ring.index(stage * DEEP + depth))
             stage, phase = _after(stage, phase, STAGES)
+
+
+@gluon.jit
+def _load_weight(weight, w_ring, full, stage, pid_n, step, config: gl.constexpr):
+    """Asks for the weights of a stage, and says how many bytes of it will come, tokens among them."""
+    ACROSS: gl.constexpr = config.across
+    DEEP: gl.constexpr = config.deep
+    ROWS: gl.constexpr = config.rows
+    WIDTH: gl.constexpr = config.block_m + config.tail
+    BLOCK_K: gl.constexpr = config.block_k
+    FUSED: gl.constexpr = config.fused
+    arrived = full.index(stage)
+    mbarrier.expect(arrived, DEEP * BLOCK_K * (ACROSS * ROWS + 2 * WIDTH))
+    for depth in gl.static_range(DEEP):
+        k = (step * DEEP + depth) * BLOCK_K
+        for side in gl.static_range(ACROSS):
+            block = pid_n * ACROSS + side
+            where = [block * (ROWS // 16), 0, 0, k] if FUSED else [block * ROWS, k]
+            _load(weight, where, arrived, w_ring.index((stage * DEEP + depth) * ACROSS + side))
 
 
 @gluon.jit
@@ -102,8 +148,8 @@ def _after(stage, phase, STAGES: gl.constexpr):
 def _consume(given, CONSUMER: gl.constexpr, config: gl.constexpr):
     """Multiplies this consumer's share of every tile of this program; the first in depth stores the result."""
     out, scale, bias, parts, flags, rings, deeper, tiles, M, N = given
-    w_ring, x_ring, full, empty = rings
-    sums, summed, taken = deeper
+    w_ring, x_ring, tail_ring, full, empty = rings
+    sums, tail_sums, summed, taken = deeper
     tiles_m, tiles_n, steps, waves = tiles
     FUSED: gl.constexpr = config.fused
     HAS_BIAS: gl.constexpr = config.has_bias
@@ -111,13 +157,20 @@ def _consume(given, CONSUMER: gl.constexpr, config: gl.constexpr):
     DEEP: gl.constexpr = config.deep
     ROWS: gl.constexpr = config.rows
     BLOCK_M: gl.constexpr = config.block_m
+    TAIL: gl.constexpr = config.tail
     STAGES: gl.constexpr = config.stages
     SHARED: gl.constexpr = config.shared
     GROUP: gl.constexpr = config.group
     SIDE: gl.constexpr = CONSUMER % ACROSS
     DEPTH: gl.constexpr = CONSUMER // ACROSS
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16])
+    SECOND: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, max(TAIL, 8), 16]
+    )
     begin, end, total = share(tiles_m * tiles_n, waves, steps)
+    tail_parts = parts
+    if SHARED:
+        tail_parts = parts + gl.num_programs(0) * (ACROSS * ROWS * BLOCK_M)
     stage = 0
     phase = 0
     count = turns(tiles_m * tiles_n, waves, steps, begin, end, SHARED)
@@ -127,31 +180,74 @@ def _consume(given, CONSUMER: gl.constexpr, config: gl.constexpr):
         row = (pid_n * ACROSS + SIDE) * ROWS
         factor, offset = _factors(scale, bias, row, N, ROWS, FUSED, HAS_BIAS, ACC)
         acc = gl.zeros([ROWS, BLOCK_M], gl.float32, ACC)
+        tail = gl.zeros([ROWS, max(TAIL, 8)], gl.float32, SECOND)
         w = _widened(w_ring, x_ring, full, stage, phase, CONSUMER, config, ACC)
         for _ in range(first + 1, last):
-            acc = warpgroup_mma(w, x_ring.index(stage * DEEP + DEPTH).permute((1, 0)), acc, is_async=True)
+            acc, tail = _multiply(w, x_ring, tail_ring, stage * DEEP + DEPTH, acc, tail, TAIL, SECOND)
             done = stage
             stage, phase = _after(stage, phase, STAGES)
             w = _widened(w_ring, x_ring, full, stage, phase, CONSUMER, config, ACC)
-            acc = warpgroup_mma_wait(0, deps=[acc])
+            acc, tail = _multiplied(acc, tail, TAIL)
             mbarrier.arrive(empty.index(done), count=1)
-        acc = warpgroup_mma(w, x_ring.index(stage * DEEP + DEPTH).permute((1, 0)), acc)
+        acc, tail = _multiply(w, x_ring, tail_ring, stage * DEEP + DEPTH, acc, tail, TAIL, SECOND)
+        acc, tail = _multiplied(acc, tail, TAIL)
         mbarrier.arrive(empty.index(stage), count=1)
         stage, phase = _after(stage, phase, STAGES)
         if DEPTH > 0:
-            _hand_over(acc, sums, summed, taken, turn, CONSUMER - ACROSS)
+            mbarrier.wait(taken.index(CONSUMER - ACROSS), (turn & 1) ^ 1)
+            sums.index(CONSUMER - ACROSS).store(acc)
+            if TAIL > 0:
+                tail_sums.index(CONSUMER - ACROSS).store(tail)
+            mbarrier.arrive(summed.index(CONSUMER - ACROSS), count=1)
         else:
             for depth in gl.static_range(1, DEEP):
-                acc += _taken_over(sums, summed, taken, turn, (depth - 1) * ACROSS + SIDE, ACC)
+                place: gl.constexpr = (depth - 1) * ACROSS + SIDE
+                mbarrier.wait(summed.index(place), turn & 1)
+                acc += sums.index(place).load(ACC)
+                if TAIL > 0:
+                    tail += tail_sums.index(place).load(SECOND)
+                mbarrier.arrive(taken.index(place), count=1)
             if SHARED:
                 if first > 0:
                     leave(acc, parts, SIDE, ACROSS, ACC)
+                    if TAIL > 0:
+                        leave(tail, tail_parts, SIDE, ACROSS, SECOND)
                 if turn == count - 1 and begin % steps > 0:
                     announce(flags, SIDE, ACROSS)
             if first == 0:
                 if SHARED:
-                    acc = take(acc, parts, flags, tile, waves, steps, total, SIDE, ACROSS, ACC)
-                _finish(acc, factor, offset, out, row, pid_m * BLOCK_M, M, N, FUSED)
+                    acc, tail = take(
+                        acc, tail, parts, tail_parts, flags, tile, waves, steps, total, SIDE, ACROSS, TAIL, ACC, SECOND
+                    )
+                token = _first_token(pid_m, M, BLOCK_M + TAIL)
+                new = pid_m * (BLOCK_M + TAIL)
+                _finish(acc, factor, offset, out, row, token, new, M, N, FUSED)
+                if TAIL > 0:
+                    tail_token = _tail_token(token, M, config)
+                    factors = gl.convert_layout(factor, gl.SliceLayout(1, SECOND))
+                    offsets = gl.convert_layout(offset, gl.SliceLayout(1, SECOND))
+                    tail_new = gl.maximum(new, token + BLOCK_M)
+                    _finish(tail, factors, offsets, out, row, tail_token, tail_new, M, N, FUSED)
+
+
+@gluon.jit
+def _multiply(w, x_ring, tail_ring, place, acc, tail, TAIL: gl.constexpr, SECOND: gl.constexpr):
+    """Begins to add w times both parts of the tokens."""
+    acc = warpgroup_mma(w, x_ring.index(place).permute((1, 0)), acc, is_async=True)
+    if TAIL > 0:
+        w_too = gl.convert_layout(w, gl.DotOperandLayout(0, SECOND, k_width=2), assert_trivial=True)
+        tail = warpgroup_mma(w_too, tail_ring.index(place).permute((1, 0)), tail, is_async=True)
+    return acc, tail
+
+
+@gluon.jit
+def _multiplied(acc, tail, TAIL: gl.constexpr):
+    """The sums, once they are there."""
+    if TAIL > 0:
+        acc, tail = warpgroup_mma_wait(0, deps=[acc, tail])
+    else:
+        acc = warpgroup_mma_wait(0, deps=[acc])
+    return acc, tail
 
 
 @gluon.jit
@@ -171,23 +267,6 @@ def _widened(w_ring, x_ring, full, stage, phase, CONSUMER: gl.constexpr, config:
     )
     both = gl.join(low, high).reshape([ROWS, BLOCK_K])
     return gl.convert_layout(both, gl.DotOperandLayout(0, ACC, k_width=2), assert_trivial=True)
-
-
-@gluon.jit
-def _hand_over(acc, sums, summed, taken, turn, place: gl.constexpr):
-    """Leaves this consumer's sums of the tile for the first in depth, who has taken those of the tile before."""
-    mbarrier.wait(taken.index(place), (turn & 1) ^ 1)
-    sums.index(place).store(acc)
-    mbarrier.arrive(summed.index(place), count=1)
-
-
-@gluon.jit
-def _taken_over(sums, summed, taken, turn, place: gl.constexpr, ACC: gl.constexpr):
-    """The sums that a deeper consumer has left."""
-    mbarrier.wait(summed.index(place), turn & 1)
-    acc = sums.index(place).load(ACC)
-    mbarrier.arrive(taken.index(place), count=1)
-    return acc
 
 
 @gluon.jit
@@ -211,31 +290,31 @@ def _swiglu(acc):
     """[R, BM] with eight gate rows and their eight up rows in turn -> silu(gate) * up [R / 2, BM]."""
     ROWS: gl.constexpr = acc.shape[0]
     gate, up = acc.reshape([ROWS // 16, 2, 8, acc.shape[1]]).permute((0, 2, 3, 1)).split()
-    return (gate / (1.0 + gl.exp(-gate)) * up).reshape([ROWS // 2, acc.shape[1]])
+    return silu_times(gate, up).reshape([ROWS // 2, acc.shape[1]])
 
 
 @gluon.jit
-def _finish(acc, factor, offset, out, row, token, M, N, FUSED: gl.constexpr):
+def _finish(acc, factor, offset, out, row, token, new, M, N, FUSED: gl.constexpr):
     if FUSED:
-        _store(_swiglu(acc * factor[:, None]), out, row // 2, token, M, N // 2)
+        _store(_swiglu(acc * factor[:, None]), out, row // 2, token, new, M, N // 2)
     else:
-        _store(acc * factor[:, None] + offset[:, None], out, row, token, M, N)
+        _store(acc * factor[:, None] + offset[:, None], out, row, token, new, M, N)
 
 
 @gluon.jit
-def _store(acc, out, row, token, M, N):
-    """Writes a block of out^T, eight neighbouring outputs of a token per thread."""
+def _store(acc, out, row, token, new, M, N):
+    """Writes a block of out^T from the token `new` on, eight neighbouring outputs of a token per thread."""
     R: gl.constexpr = acc.shape[0]
     LAYOUT: gl.constexpr = gl.BlockedLayout([8, 1], [R // 8, 32 // (R // 8)], [1, 4], [0, 1])
     block = gl.convert_layout(acc.to(out.dtype.element_ty), LAYOUT)
     rows = row + gl.arange(0, R, gl.SliceLayout(1, LAYOUT))
-    tokens = (token + gl.arange(0, acc.shape[1], gl.SliceLayout(0, LAYOUT))).to(gl.int64)
-    mask = (rows < N)[:, None] & (tokens < M)[None, :]
-    gl.store(out + tokens[None, :] * N + rows[:, None], block, mask=mask)
+    tokens = token + gl.arange(0, acc.shape[1], gl.SliceLayout(0, LAYOUT))
+    mask = (rows < N)[:, None] & ((tokens >= new) & (tokens < M))[None, :]
+    gl.store(out + tokens.to(gl.int64)[None, :] * N + rows[:, None], block, mask=mask)
 
 
 @gluon.jit(do_not_specialize=["M", "waves"])
-def hopper_kernel(weight, x, scale, bias, out, parts, flags, M, N, K, waves, config: gl.constexpr):
+def hopper_kernel(weight, x, x_tail, scale, bias, out, parts, flags, M, N, K, waves, config: gl.constexpr):
     """Grid: at most one program a multiprocessor. `weight` and `x` are TMA descriptors; `out` is [M, N], or [M, N / 2]
     for SwiGLU. Where programs share tiles, fp32 `parts` have room for the sums of one tile of each, zero int32 `flags`
     one for each consumer that has sums, and each program takes `waves` whole tiles."""
@@ -243,6 +322,7 @@ def hopper_kernel(weight, x, scale, bias, out, parts, flags, M, N, K, waves, con
     DEEP: gl.constexpr = config.deep
     ROWS: gl.constexpr = config.rows
     BLOCK_M: gl.constexpr = config.block_m
+    TAIL: gl.constexpr = config.tail
     BLOCK_K: gl.constexpr = config.block_k
     STAGES: gl.constexpr = config.stages
     CONSUMERS: gl.constexpr = ACROSS * DEEP
@@ -250,6 +330,9 @@ def hopper_kernel(weight, x, scale, bias, out, parts, flags, M, N, K, waves, con
     gdc_launch_dependents()
     w_ring = gl.allocate_shared_memory(gl.int8, [STAGES * CONSUMERS] + weight.block_type.shape, weight.layout)  # noqa: RUF005
     x_ring = gl.allocate_shared_memory(x.dtype, [STAGES * DEEP, BLOCK_M, BLOCK_K], x.layout)
+    tail_ring = x_ring
+    if TAIL > 0:
+        tail_ring = gl.allocate_shared_memory(x.dtype, [STAGES * DEEP, TAIL, BLOCK_K], x_tail.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -257,18 +340,21 @@ def hopper_kernel(weight, x, scale, bias, out, parts, flags, M, N, K, waves, con
         mbarrier.init(empty.index(stage), count=CONSUMERS)
     SUMS: gl.constexpr = gl.SwizzledSharedLayout(vec=8, per_phase=1, max_phase=4, order=[1, 0])
     sums = gl.allocate_shared_memory(gl.float32, [HANDED, ROWS if DEEP > 1 else 1, BLOCK_M], SUMS)
+    tail_sums = sums
+    if TAIL > 0:
+        tail_sums = gl.allocate_shared_memory(gl.float32, [HANDED, ROWS if DEEP > 1 else 1, TAIL], SUMS)
     summed = gl.allocate_shared_memory(gl.int64, [HANDED, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [HANDED, 1], mbarrier.MBarrierLayout())
     for place in gl.static_range(HANDED):
         mbarrier.init(summed.index(place), count=1)
         mbarrier.init(taken.index(place), count=1)
-    tiles_m = gl.cdiv(M, BLOCK_M)
+    tiles_m = gl.cdiv(M, BLOCK_M + TAIL)
     tiles_n = gl.cdiv(N, ACROSS * ROWS)
     steps = gl.cdiv(K, DEEP * BLOCK_K)
-    rings = (w_ring, x_ring, full, empty)
+    rings = (w_ring, x_ring, tail_ring, full, empty)
     tiles = (tiles_m, tiles_n, steps, waves)
-    given = (out, scale, bias, parts, flags, rings, (sums, summed, taken), tiles, M, N)
-    feed = (weight, x, rings, tiles)
+    given = (out, scale, bias, parts, flags, rings, (sums, tail_sums, summed, taken), tiles, M, N)
+    feed = (weight, x, x_tail, rings, tiles, M)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [(_consume, (given, 0, config)), (_consume, (given, 1, config)), (_produce, (feed, config))],

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache, partial
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
+from rowint8.kernels.driver import TensorMap
 from rowint8.kernels.hopper.kernel import Config, hopper_kernel
 from rowint8.kernels.hopper.stream_k import FLAG
 from rowint8.kernels.launch import launch, traits
@@ -20,7 +20,7 @@ from rowint8.kernels.tiles.card import card_of
 from rowint8.kernels.tiles.hopper_cost import hopper_schedule
 from rowint8.kernels.tiles.types import CONSUMER_ROWS, HopperTile
 
-_GLUON_DTYPE = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+_GLUON_DTYPE = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int8: gl.int8}
 _DESCRIPTORS = 4096
 """How many are kept for either operand: layers times tiles, as activations mostly return to the same addresses."""
 
@@ -38,12 +38,13 @@ def hopper_product(
     programs, waves = hopper_schedule(tile, M, N, K, card_of(tokens.device).hopper_processors)
     parts = flags = None
     if tile.shared:
-        parts = torch.empty(programs, tile.rows * tile.block_m, dtype=torch.float32, device=tokens.device)
+        parts = torch.empty(programs, tile.rows * tile.width, dtype=torch.float32, device=tokens.device)
         flags = _flags(tokens.device, driver.active.get_current_stream(tokens.device.index))  # type: ignore[attr-defined]
     variant = "hopper", fused, tile, N, K, traits(tokens, scale, bias)
-    weight = _weight_descriptor(values.data_ptr(), N, K, tile, fused)
-    x = _token_descriptor(tokens.data_ptr(), M, K, tokens.dtype, tile)
-    arguments = weight, x, scale, bias, out, parts, flags, M, N, K, waves
+    weight = _weight_map(values.data_ptr(), N, K, tile.block_k, fused)
+    x = _token_map(tokens.data_ptr(), M, K, tokens.dtype, tile.block_m, tile.block_k)
+    x_tail = _token_map(tokens.data_ptr(), M, K, tokens.dtype, tile.tail or tile.block_m, tile.block_k)
+    arguments = weight, x, x_tail, scale, bias, out, parts, flags, M, N, K, waves
     launch(hopper_kernel, variant, (programs, 1, 1), arguments, _constants(tile, fused, bias is not None), _OPTIONS)
     return out
 
@@ -53,7 +54,7 @@ _OPTIONS = dict(num_warps=4, launch_pdl=True)
 
 @cache
 def _constants(tile: HopperTile, fused: bool, has_bias: bool) -> dict[str, Config]:
-    shape = tile.across, tile.deep, CONSUMER_ROWS, tile.block_m, tile.block_k, tile.stages
+    shape = tile.across, tile.deep, CONSUMER_ROWS, tile.block_m, tile.tail, tile.block_k, tile.stages
     return {"config": Config(fused, has_bias, *shape, tile.shared, tile.group)}
 
 
@@ -88,34 +89,22 @@ def _flags_of_streams(device: torch.device, block: int) -> Tensor:
     return flags
 
 
-class _Memory(NamedTuple):
-    """What a descriptor wants of a tensor. It does not keep the memory: descriptors may be kept, and used again for
-    whatever lies there later."""
-
-    address: int
-    dtype: torch.dtype
-
-    def data_ptr(self) -> int:
-        return self.address
-
-
 @lru_cache(_DESCRIPTORS)
-def _weight_descriptor(address: int, n: int, k: int, tile: HopperTile, fused: bool) -> TensorDescriptor:
+def _weight_map(address: int, n: int, k: int, block_k: int, fused: bool) -> TensorMap:
     """Blocks of one consumer's rows; for SwiGLU eight gate rows and their eight up rows in turn: [I / 8, 2, 8, K]."""
-    memory: Any = _Memory(address, torch.int8)
     if not fused:
-        block = [CONSUMER_ROWS, tile.block_k]
-        return TensorDescriptor(memory, [n, k], [k, 1], block, _layout(tuple(block), gl.int8))
-    block = [CONSUMER_ROWS // 16, 2, 8, tile.block_k]
-    layout = _layout(tuple(block), gl.int8)
-    return TensorDescriptor(memory, [n // 16, 2, 8, k], [8 * k, n // 2 * k, k, 1], block, layout)
+        return _map(address, torch.int8, (n, k), (k, 1), (CONSUMER_ROWS, block_k))
+    block = CONSUMER_ROWS // 16, 2, 8, block_k
+    return _map(address, torch.int8, (n // 16, 2, 8, k), (8 * k, n // 2 * k, k, 1), block)
 
 
 @lru_cache(_DESCRIPTORS)
-def _token_descriptor(address: int, m: int, k: int, dtype: torch.dtype, tile: HopperTile) -> TensorDescriptor:
-    memory: Any = _Memory(address, dtype)
-    block = [tile.block_m, tile.block_k]
-    return TensorDescriptor(memory, [m, k], [k, 1], block, _layout(tuple(block), _GLUON_DTYPE[dtype]))
+def _token_map(address: int, m: int, k: int, dtype: torch.dtype, rows: int, columns: int) -> TensorMap:
+    return _map(address, dtype, (m, k), (k, 1), (rows, columns))
+
+
+def _map(address: int, dtype: torch.dtype, shape: tuple, strides: tuple, block: tuple) -> TensorMap:
+    return TensorMap(address, dtype, shape, strides, list(block), _layout(block, _GLUON_DTYPE[dtype]))
 
 
 @cache

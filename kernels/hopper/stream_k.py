@@ -91,7 +91,22 @@ def helpers(tile, waves, steps, total):
 
 
 @gluon.jit
-def take(acc, parts, flags, tile, waves, steps, total, SIDE: gl.constexpr, ACROSS: gl.constexpr, ACC: gl.constexpr):
+def take(
+    acc,
+    tail,
+    parts,
+    tail_parts,
+    flags,
+    tile,
+    waves,
+    steps,
+    total,
+    SIDE: gl.constexpr,
+    ACROSS: gl.constexpr,
+    TAIL: gl.constexpr,
+    ACC: gl.constexpr,
+    SECOND: gl.constexpr,
+):
     """Adds the sums that others have left of a tile that this program began."""
     first, end = helpers(tile, waves, steps, total)
     for other in range(first, end):
@@ -101,7 +116,9 @@ def take(acc, parts, flags, tile, waves, steps, total, SIDE: gl.constexpr, ACROS
         _barrier()  # all have seen it
         gl.store(flag, 0)
         acc += gl.load(_sums(parts, place, acc, ACC), cache_modifier=".cg")
-    return acc
+        if TAIL > 0:
+            tail += gl.load(_sums(tail_parts, place, tail, SECOND), cache_modifier=".cg")
+    return acc, tail
 
 
 @gluon.jit

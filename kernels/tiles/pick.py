@@ -141,8 +141,10 @@ def _fit(tile: TritonTile, itemsize: int, card: Card) -> TritonTile:
     return tile
 
 
-_BLOCK_M = 16
-"""Tokens of the smallest block on tensor cores: from here on, choices change only beyond its multiples."""
+_STEP = 8
+"""Choices change only beyond multiples of this number of tokens, of which every width of a tile is one."""
+_FEW = 16
+"""Up to here each number of tokens may have a choice of its own."""
 
 
 def tokens_between_changes(max_tokens: int, tuned_up_to: Iterable[int]) -> list[int]:
@@ -151,6 +153,6 @@ def tokens_between_changes(max_tokens: int, tuned_up_to: Iterable[int]) -> list[
     Args:
         tuned_up_to: up to how many tokens each tile of the user goes.
     """
-    changes = {1, *range(_BLOCK_M, max_tokens, _BLOCK_M), *tuned_up_to, max_tokens}
-    few = range(1, _BLOCK_M)
+    changes = {1, *range(_FEW, max_tokens, _STEP), *tuned_up_to, max_tokens}
+    few = range(1, _FEW)
     return sorted(m for m in {*few, *changes, *(m + 1 for m in changes)} if m <= max_tokens)

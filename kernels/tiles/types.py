@@ -79,19 +79,35 @@ CONSUMER_ROWS = 64
 _HOPPER_RING_BYTES = 221 * 1024
 """Shared memory for stages; the rest of a program's 227 KiB holds barriers and the epilogue's scratch."""
 _HOPPER_SIZES = (
-    (16, 256, 1, 2),
-    (16, 256, 2, 1),
-    (32, 256, 2, 1),
-    (32, 128, 1, 2),
-    (64, 128, 1, 2),
-    (64, 64, 4, 1),
-    (128, 64, 1, 2),
-    (128, 64, 2, 2),
-    (128, 64, 3, 1),
-    (128, 64, 4, 1),
-    (256, 64, 2, 1),
+    (16, 256, 1, 2, 0),
+    (16, 256, 2, 1, 0),
+    (32, 256, 2, 1, 0),
+    (32, 256, 2, 1, 16),
+    (32, 128, 1, 2, 0),
+    (32, 128, 1, 2, 8),
+    (32, 128, 1, 2, 16),
+    (64, 128, 1, 2, 0),
+    (64, 128, 1, 2, 8),
+    (64, 128, 1, 2, 16),
+    (64, 128, 1, 2, 32),
+    (64, 64, 1, 2, 64),
+    (64, 64, 4, 1, 0),
+    (64, 64, 4, 1, 16),
+    (64, 64, 4, 1, 32),
+    (128, 64, 1, 2, 16),
+    (128, 64, 1, 2, 32),
+    (128, 64, 1, 2, 64),
+    (128, 128, 2, 1, 0),
+    (128, 128, 2, 1, 16),
+    (128, 128, 2, 1, 32),
+    (128, 128, 2, 1, 64),
+    (128, 64, 2, 1, 128),
+    (128, 64, 3, 1, 16),
+    (128, 64, 3, 1, 64),
+    (128, 64, 4, 1, 0),
+    (256, 64, 2, 1, 0),
 )
-"""(block_m, block_k, across, deep) of all variants of the Hopper kernel."""
+"""(block_m, block_k, across, deep, tail) of all variants of the Hopper kernel."""
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -99,12 +115,15 @@ class HopperTile:
     """A variant of the Hopper kernel."""
 
     block_m: Size
-    """Tokens per program."""
+    """Tokens per program, besides `tail`."""
     block_k: Size
     across: Count
     """Consumers side by side, each with CONSUMER_ROWS weight rows (for SwiGLU half of them are gate rows)."""
     deep: Count
     """Consumers one behind another, each with a `block_k` of every slice of K."""
+    tail: Annotated[int, Field(strict=True, ge=0), AfterValidator(_power_of_two)] = 0
+    """More tokens per program, with sums of their own: the compiler's sizes are powers of two, a tile's width need not
+    be one. Both parts are multiplied by the same widened weights."""
     shared: Flag = False
     """Whether programs share tiles along K (stream-K), so that each multiplies as much as any other."""
     group: Count = 8
@@ -112,19 +131,24 @@ class HopperTile:
 
     def __post_init__(self) -> None:
         if self.sizes not in _HOPPER_SIZES:
-            raise ValueError(f"(block_m, block_k, across, deep) is {self.sizes}; accepted are {_HOPPER_SIZES}")
+            raise ValueError(f"(block_m, block_k, across, deep, tail) is {self.sizes}; accepted are {_HOPPER_SIZES}")
         if self.shared and not self.can_be_shared:
             raise ValueError("four consumers with 128 tokens each have no registers left for the sums of others")
 
     @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """(block_m, block_k, across, deep): all but what may be chosen freely."""
-        return self.block_m, self.block_k, self.across, self.deep
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """(block_m, block_k, across, deep, tail): all but what may be chosen freely."""
+        return self.block_m, self.block_k, self.across, self.deep, self.tail
+
+    @property
+    def width(self) -> int:
+        """All tokens per program."""
+        return self.block_m + self.tail
 
     @property
     def can_be_shared(self) -> bool:
         """Whether a linear layer has registers left for taking the sums of other programs; SwiGLU never has."""
-        return self.across * self.deep < 4 or self.block_m < 128
+        return self.across * self.deep < 4 or self.width <= 64
 
     def serves(self, op: str) -> bool:
         """SwiGLU takes whole tiles only."""
@@ -137,13 +161,13 @@ class HopperTile:
 
     def count(self, m: int, n: int) -> int:
         """Tiles that a product of m tokens and n weight rows has."""
-        return -(-m // self.block_m) * -(-n // self.rows)
+        return -(-m // self.width) * -(-n // self.rows)
 
     @property
     def stages(self) -> int:
         """Slices of K in flight, as many as shared memory holds."""
-        handed_over = 4 * (self.deep - 1) * self.rows * self.block_m
-        slice_bytes = self.deep * self.block_k * (self.rows + 2 * self.block_m)
+        handed_over = 4 * (self.deep - 1) * self.rows * self.width
+        slice_bytes = self.deep * self.block_k * (self.rows + 2 * self.width)
         return min(10, (_HOPPER_RING_BYTES - handed_over) // slice_bytes)
 
 

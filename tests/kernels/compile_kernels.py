@@ -36,7 +36,7 @@ PRODUCTS = (
     ("swiglu", 3584, 4096),
 )
 """Operator, N and K: Llama-3.1-8B's, and its gate and up as one of eight GPUs holds them, where they are narrow."""
-TOKENS = (1, *(m for power in range(1, 14) for m in (2**power, 2**power + 1)))
+TOKENS = (1, *(m for power in range(1, 14) for m in (2**power, 2**power + 1)), 41, 81, 145, 161, 193)
 _SOME_TOKENS = (1, 64)
 _UNEVEN_K = 4096 + 16
 """What no block divides."""
@@ -90,7 +90,7 @@ def _tile(kernel) -> str:
     """Tokens x weight rows x K of a program, as far as it has them, warps and stages."""
     constants = {kernel.src.fn.arg_names[path[0]]: value for path, value in kernel.src.constants.items()}
     if config := constants.get("config"):
-        return f"{config.block_m}x{config.across}*{config.rows}x{config.deep}*{config.block_k}"
+        return f"{config.block_m}+{config.tail}x{config.across}*{config.rows}x{config.deep}*{config.block_k}"
     sizes = "x".join(
         str(constants[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK", "CHUNK") if name in constants
     )

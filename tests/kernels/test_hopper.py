@@ -41,7 +41,7 @@ def each_tile(op: str):
 @each_tile("linear")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_linear(assert_matches, tile, shape, dtype):
-    for m in (1, tile.block_m, 2 * tile.block_m + 3):
+    for m in (1, tile.block_m, tile.width - 1, tile.width, 2 * tile.width + 3):
         x, weight, bias = case(m, *shape, dtype, bias=True)
         out = hopper_product(x, *weight, bias, tile)
         exact = reference.linear(x, weight, bias)
@@ -55,9 +55,9 @@ def test_linear(assert_matches, tile, shape, dtype):
 def test_tiles_are_shared_after_whole_ones(assert_matches, tile):
     """Often, as programs hand over to each other: each time the same bits, and all flags are lowered again."""
     device = torch.device("cuda", torch.cuda.current_device())
-    m = 300 * tile.rows // 1296 * tile.block_m + 3
+    m = 300 * tile.rows // 1296 * tile.width + 3
     assert hopper_schedule(tile, m, 1296, 4112, card_of(device).hopper_processors).waves > 0
-    for n, k, tokens in ((1296, 4112, m), (6144, 4096, tile.block_m), (64, 16384, 3)):
+    for n, k, tokens in ((1296, 4112, m), (6144, 4096, tile.width), (64, 16384, 3)):
         x, weight, _ = case(tokens, n, k, torch.bfloat16)
         out = hopper_product(x, *weight, None, tile)
         assert_matches(out, reference.linear(x, weight), reference.linear(*absolute(x, weight)))
@@ -88,7 +88,7 @@ def test_streams_have_flags_of_their_own():
 @each_tile("swiglu")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_swiglu(assert_matches, tile, shape, dtype):
-    for m in (1, tile.block_m, 2 * tile.block_m + 3):
+    for m in (1, tile.block_m, tile.width - 1, tile.width, 2 * tile.width + 3):
         x, weight, _ = case(m, *shape, dtype)
         gates, ups = reference.linear(*absolute(x, weight)).chunk(2, dim=-1)
         out = hopper_product(x, *weight, None, tile, fused=True)
@@ -99,7 +99,7 @@ def test_swiglu(assert_matches, tile, shape, dtype):
 @needs_hopper
 @pytest.mark.parametrize("tile", HOPPER_TILES, ids=str)
 def test_a_row_does_not_depend_on_the_others(tile):
-    x, weight, _ = case(tile.block_m + 5, 336, 1040, torch.bfloat16)
+    x, weight, _ = case(tile.width + 5, 336, 1040, torch.bfloat16)
     whole = hopper_product(x, *weight, None, tile)
     assert torch.equal(whole[-1:], hopper_product(x[-1:].contiguous(), *weight, None, tile))
 
@@ -146,8 +146,8 @@ def test_the_chosen_tile_fits(op, m, n, k, processors):
     if tile is None:
         assert m <= 16
         return
-    ring = tile.stages * tile.deep * (tile.rows + 2 * tile.block_m) * tile.block_k
-    sums = 4 * (tile.deep - 1) * tile.rows * tile.block_m
+    ring = tile.stages * tile.deep * (tile.rows + 2 * tile.width) * tile.block_k
+    sums = 4 * (tile.deep - 1) * tile.rows * tile.width
     assert ring + sums <= SHARED_MEMORY - 4096
     assert tile.stages >= 3
     assert op == "linear" or not tile.shared
@@ -163,7 +163,7 @@ def test_the_chosen_tile_fits(op, m, n, k, processors):
 def test_every_program_has_work(tile, m, n, k, processors):
     """And where tiles are shared, less than two tiles' worth beyond the whole ones."""
     programs, waves = hopper_schedule(tile, m, n, k, processors)
-    tiles, steps = -(-m // tile.block_m) * -(-n // tile.rows), -(-k // (tile.deep * tile.block_k))
+    tiles, steps = -(-m // tile.width) * -(-n // tile.rows), -(-k // (tile.deep * tile.block_k))
     assert 0 < programs <= processors
     if not tile.shared:
         assert programs <= tiles

@@ -51,7 +51,7 @@ def dealt(tiles: int, steps: int, programs: int, waves: int) -> tuple[dict, dict
     processors=st.integers(2, 132),
 )
 def test_every_step_is_multiplied_once_and_all_sums_are_taken(tile, m, n, k, processors):
-    tiles, steps = -(-m // tile.block_m) * -(-n // tile.rows), -(-k // (tile.deep * tile.block_k))
+    tiles, steps = -(-m // tile.width) * -(-n // tile.rows), -(-k // (tile.deep * tile.block_k))
     multiplied, left, taken = dealt(tiles, steps, *hopper_schedule(tile, m, n, k, processors))
     assert all(times == [1] * steps for times in multiplied.values())
     assert set(taken) == set(range(tiles)), "each tile has one program that begins it"

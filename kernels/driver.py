@@ -1,0 +1,185 @@
+"""Launches compiled Triton kernels through CUDA's driver, in less of the host's time than Triton's own launcher takes.
+
+Triton looks at every argument of every launch, and encodes its TMA descriptors anew. Here a kernel's parameters lie in
+memory of their own: a launch writes addresses and numbers there and calls `cuLaunchKernelEx`. A descriptor is encoded
+once (`TensorMap`).
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import cache
+from threading import Lock
+from typing import Any
+
+import torch
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+_DEPENDENT_LAUNCH = 6
+"""CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION."""
+_L2_128_BYTES = 2
+"""CU_TENSOR_MAP_L2_PROMOTION_L2_128B, as Triton has it."""
+_MAP_BYTES, _MAP_ALIGNMENT = 128, 64
+_ELEMENTS = {torch.int8: 0, torch.float16: 6, torch.bfloat16: 9}
+"""CUtensorMapDataType."""
+_SCALARS = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = (("id", ctypes.c_int), ("value", ctypes.c_int64 * 8))  # the value lies on 8 bytes
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_memory", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+@cache
+def _cuda() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+class TensorMap:
+    """A TMA descriptor of memory at an address, for Triton to compile with and for launches of our own.
+
+    It does not keep the memory: it may be kept, and used again for whatever lies there later.
+    """
+
+    def __init__(
+        self, address: int, dtype: torch.dtype, shape: Sequence[int], strides: Sequence[int], block: list, layout: Any
+    ) -> None:
+        self.dtype = dtype
+        self._address = address
+        self.descriptor = TensorDescriptor(self, list(shape), list(strides), block, layout)  # type: ignore[arg-type]
+        self._encoded: ctypes.Array | None = None
+
+    def data_ptr(self) -> int:
+        """The address, as of a tensor: what Triton asks of a descriptor's base."""
+        return self._address
+
+    def encoded(self, meta: dict[str, Any]) -> int:
+        """Address of the CUtensorMap, made at the first call. `meta` is Triton's: box and swizzle."""
+        if self._encoded is None:
+            self._encoded = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
+            self._encode(meta)
+        return _aligned(self._encoded)
+
+    def _encode(self, meta: dict[str, Any]) -> None:
+        assert self._encoded is not None
+        shape, rank = self.descriptor.shape, len(self.descriptor.shape)
+        strides = [stride * self.dtype.itemsize for stride in self.descriptor.strides[:-1]]
+        status = _cuda().cuTensorMapEncodeTiled(
+            ctypes.c_void_p(_aligned(self._encoded)),
+            _ELEMENTS[self.dtype],
+            rank,
+            ctypes.c_void_p(self._address),
+            (ctypes.c_uint64 * rank)(*shape[::-1]),
+            (ctypes.c_uint64 * rank)(*strides[::-1]),
+            (ctypes.c_uint32 * rank)(*meta["block_size"][::-1]),
+            (ctypes.c_uint32 * rank)(*[1] * rank),
+            0,
+            meta["swizzle"],
+            _L2_128_BYTES,
+            0,
+        )
+        if status:
+            raise RuntimeError(f"rowint8: cuTensorMapEncodeTiled failed with CUDA error {status} for {self.descriptor}")
+
+
+def _aligned(buffer: ctypes.Array) -> int:
+    return -(-ctypes.addressof(buffer) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
+
+
+class Launcher:
+    """A compiled kernel and memory for its parameters. Threads take turns."""
+
+    def __init__(self, compiled: Any, device: torch.device) -> None:
+        meta = compiled.metadata
+        self._device, self._function = device.index, ctypes.c_void_p(compiled.function)
+        self._attribute = _Attribute(_DEPENDENT_LAUNCH, (ctypes.c_int64 * 8)(1))
+        self._config = _Config(
+            block=(32 * meta.num_warps, 1, 1),
+            shared_memory=meta.shared,
+            attributes=ctypes.pointer(self._attribute),
+            num_attributes=int(meta.launch_pdl),
+        )
+        self._maps = list(getattr(meta, "tensordesc_meta", None) or ())
+        self._writers: list[Callable[[Any], None] | None] = []
+        self._parameters: list[Any] = []
+        for kind in compiled.src.signature.values():
+            self._writers.append(self._writer(kind))
+        self._parameters += [ctypes.c_uint64(0), ctypes.c_uint64(0)]  # Triton's scratch memory: there is none
+        addresses = [ctypes.addressof(each) for each in self._parameters]
+        self._addresses = (ctypes.c_void_p * len(addresses))(*addresses)
+        self._lock = Lock()
+
+    def _writer(self, kind: str) -> Callable[[Any], None] | None:
+        """What writes an argument of this type; None where the compiled kernel has no such parameter."""
+        if kind == "constexpr":
+            return None
+        if kind.startswith("tensordesc"):
+            return self._map_writer(self._maps.pop(0), rank=kind.split("[")[1].split("]")[0].count(",") + 1)
+        slot = (ctypes.c_uint64 if kind.startswith("*") else _SCALARS[kind])(0)
+        self._parameters.append(slot)
+        if kind.startswith("*"):
+            return lambda tensor: setattr(slot, "value", tensor.data_ptr())
+        return lambda number: setattr(slot, "value", number)
+
+    def _map_writer(self, meta: dict[str, Any], rank: int) -> Callable[[Any], None]:
+        """A descriptor stands for itself, its shape and its strides, of which our kernels read only the first."""
+        place = len(self._parameters)
+        self._parameters.append((ctypes.c_uint8 * _MAP_BYTES)())
+        self._parameters += [ctypes.c_int32(0) for _ in range(rank)]
+        self._parameters += [ctypes.c_int64(0) for _ in range(rank)]
+
+        def write(tensor_map: TensorMap) -> None:
+            self._addresses[place] = tensor_map.encoded(meta)
+
+        return write
+
+    def fits(self) -> bool:
+        """Whether the driver finds the same parameters in the kernel, which a new Triton may pass in another way."""
+        offset, size = ctypes.c_size_t(), ctypes.c_size_t()
+        found = getattr(_cuda(), "cuFuncGetParamInfo", None)
+        if found is None:
+            return False
+
+        def ask(i: int) -> int:
+            return found(self._function, ctypes.c_size_t(i), ctypes.byref(offset), ctypes.byref(size))
+
+        same = all(not ask(i) and size.value == ctypes.sizeof(each) for i, each in enumerate(self._parameters))
+        return same and bool(ask(len(self._parameters)))
+
+    def __call__(self, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
+        """Queues the kernel on torch's current stream."""
+        with self._lock:
+            for write, argument in zip(self._writers, arguments, strict=False):
+                if write is not None:
+                    write(argument)
+            self._config.grid[:] = grid
+            self._config.stream = torch._C._cuda_getCurrentRawStream(self._device)
+            status = _cuda().cuLaunchKernelEx(ctypes.byref(self._config), self._function, self._addresses, None)
+        if status:
+            raise RuntimeError(f"rowint8: cuLaunchKernelEx failed with CUDA error {status}")
+
+
+def make_launcher(compiled: Any, device: torch.device) -> Launcher | None:
+    """A launcher of a compiled kernel; None where only Triton's own knows how to launch it."""
+    meta = compiled.metadata
+    scratch = meta.global_scratch_size or meta.profile_scratch_size
+    if scratch or meta.num_ctas != 1 or meta.launch_cooperative_grid:
+        return None
+    try:
+        launcher = Launcher(compiled, device)
+        return launcher if launcher.fits() else None
+    except (AttributeError, KeyError, IndexError, OSError):
+        return None
