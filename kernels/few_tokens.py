@@ -24,7 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from rowint8.kernels.int8_convert import FOUR_TO_BF16, FOUR_TO_FP16
 from rowint8.kernels.launch import blocks, dependent_launch, launch, traits
-from rowint8.kernels.shared_device_code import PREFETCH, silu_times
+from rowint8.kernels.shared_device_code import silu_times
 from rowint8.kernels.tiles.types import FewTokensTile
 
 ROWS = gl.constexpr(16)
@@ -35,8 +35,6 @@ _RUN = gl.constexpr(16)
 """Neighbours in K that a thread loads: 16 bytes of the weight."""
 _QUAD = gl.constexpr(64)
 """Neighbours in K of the four threads that share a row."""
-_HINT = gl.constexpr(1024)
-"""Bytes of each row that L2 is asked for ahead."""
 
 
 @gluon.jit(do_not_specialize=["M"])
@@ -60,10 +58,9 @@ def few_tokens_kernel(
     LOAD: gl.constexpr = gl.BlockedLayout([1, 1, _RUN], [1, 8, 4], [WARPS, 1, 1], [2, 1, 0])
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
     OF_ROWS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, LOAD))
+    STEP: gl.constexpr = WARPS * CHUNK
     if PDL:
         gdc_launch_dependents()
-        _ask_for(values, N, K, FUSED, WARPS)
-        gdc_wait()
     rows = _rows(N, FUSED, OF_ROWS).to(gl.int64)
     tokens = gl.arange(0, TOKENS, OF_ROWS)
     turns = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, LOAD))) * CHUNK
@@ -71,17 +68,16 @@ def few_tokens_kernel(
     w_ptrs = values + rows[None, :, None] * K + ks
     x_ptrs = x + tokens[None, :, None] * K + ks
     is_token = (tokens < M)[None, :, None]
+    w = _weight_block(w_ptrs, ks, K, EVEN_K)
+    if PDL:
+        gdc_wait()  # for the tokens; the first weights, which no kernel writes, are on their way
     acc = gl.zeros([WARPS, ROWS, TOKENS], gl.float32, MMA)
-    for k in range(0, K, WARPS * CHUNK):
-        if EVEN_K:
-            w = gl.load(w_ptrs, eviction_policy="evict_first")
-            xt = gl.load(x_ptrs, mask=is_token, other=0.0)
-        else:
-            w = gl.load(w_ptrs, mask=ks < K - k, other=0, eviction_policy="evict_first")
-            xt = gl.load(x_ptrs, mask=is_token & (ks < K - k), other=0.0)
-        acc = mma_v2(_left(_widened(w, x), MMA), _right(xt, MMA), acc)
-        w_ptrs += WARPS * CHUNK
-        x_ptrs += WARPS * CHUNK
+    acc = _multiplied(w, x_ptrs, is_token, ks, K, acc, EVEN_K, MMA)
+    for k in range(STEP, K, STEP):
+        w_ptrs += STEP
+        x_ptrs += STEP
+        w = _weight_block(w_ptrs, ks, K - k, EVEN_K)
+        acc = _multiplied(w, x_ptrs, is_token, ks, K - k, acc, EVEN_K, MMA)
     _finish(gl.sum(acc, axis=0), scale, bias, out, M, N, HAS_BIAS, FUSED)
 
 
@@ -98,13 +94,23 @@ def _rows(N, FUSED: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _ask_for(values, N, K, FUSED: gl.constexpr, WARPS: gl.constexpr):
-    """Brings the first bytes of every row into L2: a hint, which may be given before the kernel in front has ended."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [WARPS, 1], [1, 0])
-    rows = _rows(N, FUSED, gl.SliceLayout(1, LAYOUT)).to(gl.int64)
-    lines = gl.minimum(gl.arange(0, _HINT // 128, gl.SliceLayout(0, LAYOUT)) * 128, K - 1)
-    addresses = values + rows[:, None] * K + lines[None, :]
-    gl.inline_asm_elementwise(PREFETCH, "=r,l", [addresses], dtype=gl.int32, is_pure=False, pack=1)
+def _weight_block(w_ptrs, ks, left, EVEN_K: gl.constexpr):
+    """[WARPS, ROWS, CHUNK] weights, of which `left` columns are there."""
+    if EVEN_K:
+        w = gl.load(w_ptrs, eviction_policy="evict_first")
+    else:
+        w = gl.load(w_ptrs, mask=ks < left, other=0, eviction_policy="evict_first")
+    return w
+
+
+@gluon.jit
+def _multiplied(w, x_ptrs, is_token, ks, left, acc, EVEN_K: gl.constexpr, MMA: gl.constexpr):
+    """The sums with a block of weights times its tokens added."""
+    if EVEN_K:
+        xt = gl.load(x_ptrs, mask=is_token, other=0.0)
+    else:
+        xt = gl.load(x_ptrs, mask=is_token & (ks < left), other=0.0)
+    return mma_v2(_left(_widened(w, xt), MMA), _right(xt, MMA), acc)
 
 
 @gluon.jit
@@ -126,10 +132,10 @@ def _right(xt, MMA: gl.constexpr):
 
 
 @gluon.jit
-def _widened(w, x):
-    """INT8 values in the dtype that x points to, bf16 or fp16, exactly."""
-    ASM: gl.constexpr = FOUR_TO_BF16 if x.dtype.element_ty == gl.bfloat16 else FOUR_TO_FP16
-    return gl.inline_asm_elementwise(ASM, "=&r,=&r,r", [w], dtype=x.dtype.element_ty, is_pure=True, pack=4)
+def _widened(w, xt):
+    """INT8 values in the dtype of the tokens, bf16 or fp16, exactly."""
+    ASM: gl.constexpr = FOUR_TO_BF16 if xt.dtype == gl.bfloat16 else FOUR_TO_FP16
+    return gl.inline_asm_elementwise(ASM, "=&r,=&r,r", [w], dtype=xt.dtype, is_pure=True, pack=4)
 
 
 @gluon.jit

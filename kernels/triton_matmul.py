@@ -124,30 +124,68 @@ def _sliced_dot_product(
 
 @triton.jit
 def _vector_product(
-    x, values, rows, token, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, DOT: tl.constexpr
+    x,
+    values,
+    rows,
+    token,
+    K,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    DOT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """acc[BN] = values[rows] @ x[token] in fp32 for int64 rows [BN]: on CUDA cores, as one token leaves tensor cores
     nothing to win.
 
     A thread loads _RUN neighbours of a row, as many as of the token in one load, and adds up their products at once. So
     it keeps few sums, and a multiprocessor has room for many warps that wait for memory at the same time.
+
+    With PDL (programmatic dependent launch) the next kernel may be set up while this one runs, and this one, set up
+    while the kernel in front runs, reads its first weights, which that one does not write, before it waits for it.
     """
+    if PDL:
+        gdc_launch_dependents()
     ks = tl.arange(0, BLOCK_K)
     w_ptrs = values + rows[:, None] * K + tl.max_contiguous(ks, _RUN)[None, :]  # [BN, BK]
     x_ptrs = x + token * K + ks  # [BK]
-    acc = tl.zeros([BLOCK_N, BLOCK_K // _RUN], tl.float32)
-    for k in range(0, K, BLOCK_K):
-        if EVEN_K:
-            w = tl.load(w_ptrs, eviction_policy="evict_first")
-            xv = tl.load(x_ptrs)
-        else:
-            w = tl.load(w_ptrs, mask=ks[None, :] < K - k, other=0, eviction_policy="evict_first")
-            xv = tl.load(x_ptrs, mask=ks < K - k, other=0.0)
-        products = _widened_to_fp32(w, DOT) * xv.to(tl.float32)[None, :]
-        acc += tl.sum(tl.reshape(products, [BLOCK_N, BLOCK_K // _RUN, _RUN]), axis=2)
+    w = _weight_block(w_ptrs, ks, K, EVEN_K)
+    if PDL:
+        gdc_wait()
+    acc = _block_product(w, x_ptrs, ks, K, BLOCK_N, BLOCK_K, EVEN_K, DOT)
+    for k in range(BLOCK_K, K, BLOCK_K):
         w_ptrs += BLOCK_K
         x_ptrs += BLOCK_K
+        w = _weight_block(w_ptrs, ks, K - k, EVEN_K)
+        acc += _block_product(w, x_ptrs, ks, K - k, BLOCK_N, BLOCK_K, EVEN_K, DOT)
     return tl.sum(acc, axis=1)
+
+
+@triton.jit
+def _weight_block(w_ptrs, ks, left, EVEN_K: tl.constexpr):
+    """[BN, BK] weights, of which `left` columns are there."""
+    if EVEN_K:
+        w = tl.load(w_ptrs, eviction_policy="evict_first")
+    else:
+        w = tl.load(w_ptrs, mask=ks[None, :] < left, other=0, eviction_policy="evict_first")
+    return w
+
+
+@triton.jit
+def _block_product(
+    w,
+    x_ptrs,
+    ks,
+    left,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """[BN, BK / _RUN] sums of _RUN neighbouring products each."""
+    xv = tl.load(x_ptrs) if EVEN_K else tl.load(x_ptrs, mask=ks < left, other=0.0)
+    products = _widened_to_fp32(w, DOT) * xv.to(tl.float32)[None, :]
+    return tl.sum(tl.reshape(products, [BLOCK_N, BLOCK_K // _RUN, _RUN]), axis=2)
 
 
 @triton.jit
@@ -206,9 +244,7 @@ def one_token_kernel(
     OUTPUTS: tl.constexpr = BLOCK_N // 2 if FUSED else BLOCK_N
     token = tl.program_id(1).to(tl.int64)
     rows = _weight_rows(tl.program_id(0), N, BLOCK_N, FUSED)
-    if PDL:
-        _overlap_previous(values, rows, K, BLOCK_N, BLOCK_K)
-    acc = _vector_product(x, values, rows, token, K, BLOCK_N, BLOCK_K, EVEN_K, DOT)
+    acc = _vector_product(x, values, rows, token, K, BLOCK_N, BLOCK_K, EVEN_K, DOT, PDL)
     acc *= tl.load(scale + rows).to(tl.float32)
     if HAS_BIAS:
         acc += tl.load(bias + rows).to(tl.float32)
