@@ -24,9 +24,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from rowint8.kernels.hopper.epilogue import factors_of, finish
 from rowint8.kernels.hopper.stream_k import announce, leave, share, take, turn_steps, turns
 from rowint8.kernels.int8_convert import PAIR_TO_BF16, PAIR_TO_FP16
-from rowint8.kernels.shared_device_code import silu_times
 
 _memory = gl.shared_memory_descriptor
 # renamed after Triton 3.6
@@ -178,7 +178,7 @@ def _consume(given, CONSUMER: gl.constexpr, config: gl.constexpr):
         tile, first, last = turn_steps(turn, waves, steps, begin, end, SHARED)
         pid_m, pid_n = _block(tile, tiles_m, tiles_n, GROUP)
         row = (pid_n * ACROSS + SIDE) * ROWS
-        factor, offset = _factors(scale, bias, row, N, ROWS, FUSED, HAS_BIAS, ACC)
+        factor, offset = factors_of(scale, bias, row, N, ROWS, FUSED, HAS_BIAS, ACC)
         acc = gl.zeros([ROWS, BLOCK_M], gl.float32, ACC)
         tail = gl.zeros([ROWS, max(TAIL, 8)], gl.float32, SECOND)
         w = _widened(w_ring, x_ring, full, stage, phase, CONSUMER, config, ACC)
@@ -221,13 +221,13 @@ def _consume(given, CONSUMER: gl.constexpr, config: gl.constexpr):
                     )
                 token = _first_token(pid_m, M, BLOCK_M + TAIL)
                 new = pid_m * (BLOCK_M + TAIL)
-                _finish(acc, factor, offset, out, row, token, new, M, N, FUSED)
+                finish(acc, factor, offset, out, row, token, new, M, N, FUSED)
                 if TAIL > 0:
                     tail_token = _tail_token(token, M, config)
                     factors = gl.convert_layout(factor, gl.SliceLayout(1, SECOND))
                     offsets = gl.convert_layout(offset, gl.SliceLayout(1, SECOND))
                     tail_new = gl.maximum(new, token + BLOCK_M)
-                    _finish(tail, factors, offsets, out, row, tail_token, tail_new, M, N, FUSED)
+                    finish(tail, factors, offsets, out, row, tail_token, tail_new, M, N, FUSED)
 
 
 @gluon.jit
@@ -267,50 +267,6 @@ def _widened(w_ring, x_ring, full, stage, phase, CONSUMER: gl.constexpr, config:
     )
     both = gl.join(low, high).reshape([ROWS, BLOCK_K])
     return gl.convert_layout(both, gl.DotOperandLayout(0, ACC, k_width=2), assert_trivial=True)
-
-
-@gluon.jit
-def _factors(scale, bias, row, N, ROWS: gl.constexpr, FUSED: gl.constexpr, HAS_BIAS: gl.constexpr, ACC: gl.constexpr):
-    """Scale and bias of a consumer's rows, read before the tile is multiplied: nobody waits for them after it."""
-    n = gl.arange(0, ROWS, gl.SliceLayout(1, ACC))
-    if FUSED:  # eight gate rows and their eight up rows in turn
-        i = row // 2 + n // 16 * 8 + n % 8
-        rows, mask = i + n // 8 % 2 * (N // 2), i < N // 2
-    else:
-        rows, mask = row + n, row + n < N
-    factor = gl.load(scale + rows, mask=mask, other=0.0).to(gl.float32)
-    offset = gl.zeros_like(factor)
-    if HAS_BIAS:
-        offset = gl.load(bias + rows, mask=mask, other=0.0).to(gl.float32)
-    return factor, offset
-
-
-@gluon.jit
-def _swiglu(acc):
-    """[R, BM] with eight gate rows and their eight up rows in turn -> silu(gate) * up [R / 2, BM]."""
-    ROWS: gl.constexpr = acc.shape[0]
-    gate, up = acc.reshape([ROWS // 16, 2, 8, acc.shape[1]]).permute((0, 2, 3, 1)).split()
-    return silu_times(gate, up).reshape([ROWS // 2, acc.shape[1]])
-
-
-@gluon.jit
-def _finish(acc, factor, offset, out, row, token, new, M, N, FUSED: gl.constexpr):
-    if FUSED:
-        _store(_swiglu(acc * factor[:, None]), out, row // 2, token, new, M, N // 2)
-    else:
-        _store(acc * factor[:, None] + offset[:, None], out, row, token, new, M, N)
-
-
-@gluon.jit
-def _store(acc, out, row, token, new, M, N):
-    """Writes a block of out^T from the token `new` on, eight neighbouring outputs of a token per thread."""
-    R: gl.constexpr = acc.shape[0]
-    LAYOUT: gl.constexpr = gl.BlockedLayout([8, 1], [R // 8, 32 // (R // 8)], [1, 4], [0, 1])
-    block = gl.convert_layout(acc.to(out.dtype.element_ty), LAYOUT)
-    rows = row + gl.arange(0, R, gl.SliceLayout(1, LAYOUT))
-    tokens = token + gl.arange(0, acc.shape[1], gl.SliceLayout(0, LAYOUT))
-    mask = (rows < N)[:, None] & ((tokens >= new) & (tokens < M))[None, :]
-    gl.store(out + tokens.to(gl.int64)[None, :] * N + rows[:, None], block, mask=mask)
 
 
 @gluon.jit(do_not_specialize=["M", "waves"])
