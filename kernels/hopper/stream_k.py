@@ -123,7 +123,7 @@ def take(
 
 @gluon.jit
 def _own_place(SIDE: gl.constexpr, ACROSS: gl.constexpr):
-    """Of this consumer's sums and flag among those of all."""
+    """The place of this consumer's sums and flag among all."""
     return (gl.num_programs(0) - 1 - gl.program_id(0)) * ACROSS + SIDE
 
 
