@@ -39,7 +39,7 @@ def run_quietly(command: Sequence[str], env: Mapping[str, str]) -> str:
     Raises:
         EvalError: it failed; the message holds the end of what it wrote.
     """
-    pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
+    pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
     with running(command, env, **pipes) as process:
         out, log = process.communicate()
     if process.returncode != 0:
@@ -67,7 +67,7 @@ def run_worker(
                 process.wait(timeout)
             returncode = process.returncode
         if not result.exists():
-            raise EvalError(failure([command[0], name], returncode, log.read_text(errors="replace")))
+            raise EvalError(failure([command[0], name], returncode, log.read_text(encoding="utf-8", errors="replace")))
         return json.loads(result.read_text())
 
 
@@ -137,7 +137,7 @@ def failure(command: Sequence[str], returncode: int | None, log: str) -> str:
     lines = [line for line in log.strip().splitlines() if " WARNING " not in line]
     if not lines:
         return f"`{name}` {how}; it wrote nothing"
-    with tempfile.NamedTemporaryFile("w", prefix="rowint8-", suffix=".log", delete=False) as file:
+    with tempfile.NamedTemporaryFile("w", prefix="rowint8-", suffix=".log", delete=False, encoding="utf-8") as file:
         file.write(log)
     first = next((line.strip() for line in lines if _ERROR_LINE.search(line)), "none recognised")
     end = "\n".join(lines[-LOG_LINES_SHOWN:])

@@ -66,9 +66,9 @@ def bench_serve(
     layers: Layers = None,
     tensor_parallel_size: TensorParallelSize = 1,
     rates: Annotated[str, typer.Option(help="Requests per second, comma-separated.")] = "4,8,16",
-    seconds: Annotated[float, typer.Option(min=0, help="How long to send at each rate.")] = 20.0,
-    prompt_tokens: Annotated[int, typer.Option(min=2, help="Of each request.")] = 512,
-    output_tokens: Annotated[int, typer.Option(min=2, help="Of each request.")] = 128,
+    seconds: Annotated[float, typer.Option(min=0, max=86_400, help="How long to send at each rate.")] = 20.0,
+    prompt_tokens: Annotated[int, typer.Option(min=2, max=speed.MOST_TOKENS, help="Of each request.")] = 512,
+    output_tokens: Annotated[int, typer.Option(min=2, max=speed.MOST_TOKENS, help="Of each request.")] = 128,
     goodput: Annotated[str, typer.Option(help="Limits in ms: ttft, tpot, e2el.")] = "ttft:200,tpot:50",
     enforce_eager: Eager = False,
     json_file: Json = None,
@@ -82,7 +82,7 @@ def bench_serve(
     from rowint8.eval.report.serve import serve_table
     from rowint8.eval.results.schema import ServeRow
 
-    names, sent_at = choose_setups(setups, SERVED), job.parse_rates(rates)
+    names, sent_at = choose_setups(setups, SERVED), job.parse_rates(rates, seconds)
     load = job.Load(prompt_tokens, output_tokens, seconds, job.parse_goodput(goodput))
     warn_if_busy()
     kept = Kept(json_file, ServeRow, append)

@@ -5,6 +5,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from rowint8.eval.engines.setups import MOST
 from rowint8.eval.models import DEFAULT_MODEL, MODELS
 
 Model = Annotated[Optional[Path], typer.Option(help="A model folder, instead of random weights.")]  # noqa: UP045
@@ -15,11 +16,12 @@ Config = Annotated[
         f"Default: {DEFAULT_MODEL}."
     ),
 ]
-Layers = Annotated[Optional[int], typer.Option(min=1, help="Depth of the random weights, instead of all.")]  # noqa: UP045
+Layers = Annotated[Optional[int], typer.Option(min=1, max=MOST, help="Depth of the random weights, instead of all.")]  # noqa: UP045
 Workloads = Annotated[str, typer.Option(help="Comma-separated BATCHxPROMPTxOUTPUT, in tokens.")]
-Repeats = Annotated[int, typer.Option(min=1, help="Measured runs of a workload; medians count.")]
+Repeats = Annotated[int, typer.Option(min=1, max=1000, help="Measured runs of a workload; medians count.")]
 Sequences = Annotated[
-    int, typer.Option(min=0, help="Requests of the throughput workload (100 to 1024 tokens in and out); 0: without it.")
+    int,
+    typer.Option(min=0, max=8192, help="Requests of the throughput workload, 100 to 1024 tokens in and out."),
 ]
-TensorParallelSize = Annotated[int, typer.Option(min=1, help="GPUs that a model is split over.")]
+TensorParallelSize = Annotated[int, typer.Option(min=1, max=1024, help="GPUs that a model is split over.")]
 Eager = Annotated[bool, typer.Option("--enforce-eager", help="No compilation, no CUDA graphs: a quick trial.")]

@@ -8,6 +8,7 @@ from rich.console import Group
 from rowint8.eval.cli.options import Config, Layers, Model
 from rowint8.eval.cli.output import Append, Json, Kept, warn_if_busy
 from rowint8.eval.engines.setups import choose_setups, model_folder
+from rowint8.eval.engines.speed import MOST_TOKENS
 
 
 def profile(
@@ -19,9 +20,9 @@ def profile(
     config: Config = None,
     layers: Layers = None,
     batches: Annotated[str, typer.Option(help="Requests that decode together, comma-separated.")] = "1,32",
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of each request.")] = 128,
+    prompt_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Of each request.")] = 128,
     sampling: Annotated[str, typer.Option(help="Comma-separated: greedy, top-p (0.95 at temperature 1).")] = "greedy",
-    steps: Annotated[int, typer.Option(min=2, help="That count, with and without the profiler.")] = 32,
+    steps: Annotated[int, typer.Option(min=2, max=MOST_TOKENS, help="That count, with and without the profiler.")] = 32,
     json_file: Json = None,
     append: Append = False,
 ) -> None:
@@ -37,7 +38,7 @@ def profile(
 
     known: dict[str, Any] = job.setups(torch.cuda.is_available())
     names = choose_setups(setups, known)
-    cases = job.parse_batches(batches), job.parse_samplings(sampling), prompt_tokens, steps
+    cases = job.parse_batches(batches, prompt_tokens, steps), job.parse_samplings(sampling), prompt_tokens, steps
     warn_if_busy()
     kept = Kept(json_file, ProfileRow, append)
     with model_folder(model, config, layers, tokenizer=True) as (folder, loading):

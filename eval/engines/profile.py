@@ -15,7 +15,7 @@ from rowint8.baseline_engine.model_config import ModelConfig
 from rowint8.eval.engines.baseline import engine_arguments, row_setup
 from rowint8.eval.engines.profile_worker import WARM_TOKENS, measure
 from rowint8.eval.engines.setups import Setup, ladder
-from rowint8.eval.engines.speed import MAX_BATCHED_TOKENS, Requests, random_prompts
+from rowint8.eval.engines.speed import MAX_BATCHED_TOKENS, Requests, check_tokens, random_prompts
 from rowint8.eval.errors import EvalError
 from rowint8.eval.kernels.shapes import is_count
 from rowint8.eval.processes import run_worker, vllm_environment
@@ -34,15 +34,17 @@ def setups(gpu: bool) -> dict[str, Setup]:
     }
 
 
-def parse_batches(text: str) -> list[int]:
+def parse_batches(text: str, prompt_tokens: int, steps: int) -> list[int]:
     """Reads "1,32".
 
     Raises:
-        EvalError: it is something else.
+        EvalError: it is something else, or more tokens than an engine takes.
     """
     if not all(map(is_count, text.split(","))):
         raise EvalError(f"--batches is {text}; accepted are whole numbers above 0 with commas between, such as 1,32")
-    return [int(part) for part in text.split(",")]
+    batches = [int(part) for part in text.split(",")]
+    check_tokens(max(batches), prompt_tokens + steps, f"--batches has {max(batches)} prompts of {prompt_tokens} tokens")
+    return batches
 
 
 def parse_samplings(text: str) -> list[str]:

@@ -24,6 +24,9 @@ from rowint8.eval.results.schema import ServeRow
 NUM_WARMUPS = 8
 """Requests before each run that do not count."""
 LIMITS = ("ttft", "tpot", "e2el")
+MOST_SECONDS = 86_400
+MOST_REQUESTS = 1_000_000
+"""Of one rate, as are MOST_SECONDS."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,11 @@ class Load:
     """Limits in ms that a request must meet to count, by the names in LIMITS."""
 
 
-def parse_rates(text: str) -> list[float]:
-    """Reads "4,8,16": requests per second.
+def parse_rates(text: str, seconds: float) -> list[float]:
+    """Reads "4,8,16": requests per second, sent for so many seconds.
 
     Raises:
-        EvalError: it is something else.
+        EvalError: it is something else, or the requests of a rate take more than a day or are too many.
     """
     try:
         rates = [float(part) for part in text.split(",")]
@@ -50,6 +53,11 @@ def parse_rates(text: str) -> list[float]:
         rates = []
     if not rates or not all(0 < rate < math.inf for rate in rates):
         raise EvalError(f"--rates is {text}; accepted are positive numbers of requests per second, such as 4,8,16")
+    if not all(2 / rate <= MOST_SECONDS and rate * seconds <= MOST_REQUESTS for rate in rates):
+        raise EvalError(
+            f"--rates is {text}; accepted are rates at which 2 requests or more come in a day and {MOST_REQUESTS:,} or "
+            f"fewer in --seconds {seconds:g}"
+        )
     return rates
 
 
@@ -57,11 +65,14 @@ def parse_goodput(text: str) -> dict[str, float]:
     """Reads "ttft:200,tpot:50": limits in ms.
 
     Raises:
-        EvalError: it is something else.
+        EvalError: it is something else, or names a limit twice.
     """
     pairs = [part.split(":") for part in text.split(",")]
-    if not all(len(pair) == 2 and pair[0] in LIMITS and is_count(pair[1]) for pair in pairs):
-        raise EvalError(f"--goodput is {text}; accepted are NAME:MS of {', '.join(LIMITS)}, such as ttft:200,tpot:50")
+    known = all(len(pair) == 2 and pair[0] in LIMITS and is_count(pair[1]) for pair in pairs)
+    if not known or len(dict(pairs)) < len(pairs):
+        raise EvalError(
+            f"--goodput is {text}; accepted are NAME:MS of {', '.join(LIMITS)}, each once, such as ttft:200,tpot:50"
+        )
     return {name: float(limit) for name, limit in pairs}
 
 

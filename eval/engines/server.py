@@ -33,7 +33,7 @@ def vllm_server(model: Path, options: Sequence[str] = (), ranks: int = 1) -> Ite
     port = free_port()
     command = [console_script("vllm"), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *options]
     with (
-        tempfile.TemporaryFile(mode="w+", errors="replace") as log,
+        tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace") as log,
         running(command, vllm_environment(ranks), STOP_TIMEOUT, stdout=log, stderr=subprocess.STDOUT) as process,
     ):
         if not wait_until_healthy(process, f"http://127.0.0.1:{port}/health"):

@@ -33,6 +33,9 @@ class Setup:
         return self.package is None or importlib.util.find_spec(self.package) is not None
 
 
+MOST = 2**24
+"""The largest size that a config.json may give."""
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
 _INT8 = {"quantization": "rowint8"}
 
 
@@ -116,11 +119,12 @@ def model_folder(
         tokenizer: give dummy weights a tokenizer (see `write_tokenizer`).
 
     Raises:
-        EvalError: the options contradict, or there is no such model or shape.
+        EvalError: the options contradict, there is no such model or shape, or no memory here would hold it.
     """
     if model is None:
         with tempfile.TemporaryDirectory(prefix="rowint8-") as scratch:
             write_shape(config or DEFAULT_MODEL, Path(scratch), layers)
+            _refuse_what_no_memory_holds(read_config(Path(scratch)))
             if tokenizer:
                 write_tokenizer(Path(scratch))
             yield Path(scratch), {"load_format": "dummy"}
@@ -139,15 +143,16 @@ def write_shape(config: str, folder: Path, layers: int | None = None) -> None:
         layers: depth instead of the model's own.
 
     Raises:
-        EvalError: there is no such model or file, or the depth cannot be cut.
+        EvalError: there is no such model or file, a size in it is none, or the depth cannot be cut.
     """
     shape = dict(MODELS[config]) if config in MODELS else read_config(Path(config))
     if layers is not None:
         if not isinstance(shape.get("num_hidden_layers"), int):
             raise EvalError(f"--layers: {config} has no num_hidden_layers")
         shape["num_hidden_layers"] = layers
-        if "layer_types" in shape:
+        if isinstance(shape.get("layer_types"), list):
             shape["layer_types"] = shape["layer_types"][:layers]
+    _check_sizes(shape, config)
     (folder / "config.json").write_text(json.dumps(shape, indent=2))
 
 
@@ -155,15 +160,45 @@ def read_config(path: Path) -> dict[str, Any]:
     """What a config.json holds, given by its own path or its folder's.
 
     Raises:
-        EvalError: there is none, or it holds no JSON object.
+        EvalError: there is none.
+        EngineError: it is no file with a JSON object.
     """
+    from rowint8.baseline_engine.files import read_json
+
     file = path / "config.json" if path.is_dir() else path
-    try:
-        return json.loads(file.read_text())
-    except OSError:
-        raise EvalError(f"--config is {path}; accepted are {', '.join(MODELS)} and the path of a config.json") from None
-    except ValueError as error:
-        raise EvalError(f"{file} is not JSON: {error}") from None
+    if not file.exists():
+        raise EvalError(f"--config is {path}; accepted are {', '.join(MODELS)} and the path of a config.json")
+    return read_json(file)
+
+
+def _check_sizes(config: dict[str, Any], name: str) -> None:
+    """Raises EvalError where a size that is given is no whole number from 1 to MOST."""
+    for key, size in _sizes(config).items():
+        if type(size) is not int or not 1 <= size <= MOST:
+            raise EvalError(f"{name}: {key} is {size!r}; accepted are whole numbers from 1 to {MOST:,}")
+
+
+def _sizes(config: dict[str, Any]) -> dict[str, Any]:
+    """Those that are given, of the text model where there are several."""
+    text = config.get("text_config")
+    given = text if isinstance(text, dict) else config
+    return {key: given[key] for key in _SIZES if key in given}
+
+
+def _refuse_what_no_memory_holds(config: dict[str, Any]) -> None:
+    """Raises EvalError where the embedding in bf16 and two INT8 matrices a layer are more than this machine holds."""
+    import psutil
+    import torch
+
+    vocab, hidden, intermediate, layers = ({**dict.fromkeys(_SIZES, 1), **_sizes(config)}).values()
+    least = 2 * hidden * (vocab + layers * intermediate)
+    cards = [torch.cuda.get_device_properties(card).total_memory for card in range(torch.cuda.device_count())]
+    memory = sum(cards) or psutil.virtual_memory().total
+    if least > memory:
+        raise EvalError(
+            f"the weights take {least / 2**30:,.0f} GiB or more and this machine has {memory / 2**30:,.0f}; "
+            "give fewer --layers or a smaller --config"
+        )
 
 
 def vocab_size(folder: Path) -> int:
@@ -173,10 +208,10 @@ def vocab_size(folder: Path) -> int:
         EvalError: the file does not say.
     """
     config = read_config(folder)
-    size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
-    if not isinstance(size, int) or size < 1:
-        raise EvalError(f"{folder / 'config.json'}: vocab_size is {size}; accepted is a whole number above 0")
-    return size
+    _check_sizes(config, str(folder / "config.json"))
+    if "vocab_size" not in (sizes := _sizes(config)):
+        raise EvalError("the model's config.json has no vocab_size; give one that says it")
+    return sizes["vocab_size"]
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -24,6 +24,8 @@ THROUGHPUT_TOKENS = (100, 1024)
 MAX_BATCHED_TOKENS = 8192
 """Tokens that every engine computes in a step, at most."""
 GPU_MEMORY_UTILIZATION = 0.9
+MOST_TOKENS = 2**24
+"""Tokens of all requests that are handed in together, at most."""
 _METRICS = ("ttft_ms", "itl_ms", "tpot_ms", "tok_s")
 
 
@@ -63,7 +65,16 @@ def parse_workloads(text: str) -> list[Workload]:
     parts = [part.split("x") for part in text.split(",")]
     if not all(len(part) == 3 and all(map(is_count, part)) for part in parts):
         raise EvalError(f"--workloads is {text}; accepted are BATCHxPROMPTxOUTPUT, such as {VLLM_WORKLOADS}")
-    return [Workload(*map(int, part)) for part in parts]
+    workloads = [Workload(*map(int, part)) for part in parts]
+    for workload in workloads:
+        check_tokens(workload.batch, workload.prompt_tokens + workload.output_tokens, f"--workloads has {workload}")
+    return workloads
+
+
+def check_tokens(batch: int, tokens: int, what: str) -> None:
+    """Raises EvalError where a batch of so many requests of so many tokens is more than MOST_TOKENS."""
+    if batch * tokens > MOST_TOKENS:
+        raise EvalError(f"{what}, which is {batch * tokens:,} tokens; accepted are at most {MOST_TOKENS:,} at once")
 
 
 def uniform_requests(workload: Workload, vocab_size: int) -> Requests:

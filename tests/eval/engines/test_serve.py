@@ -91,14 +91,14 @@ def test_help_names_every_setup(monkeypatch):
 
 
 def test_rates_and_limits():
-    assert parse_rates("4,0.5") == [4, 0.5]
+    assert parse_rates("4,0.5", 20) == [4, 0.5]
     assert parse_goodput("ttft:200,tpot:50") == {"ttft": 200, "tpot": 50}
 
 
 @pytest.mark.parametrize("text", ["", "4,", "0", "-1", "nan", "inf", "fast"])
 def test_wrong_rates_are_refused(text):
     with pytest.raises(EvalError, match="--rates is"):
-        parse_rates(text)
+        parse_rates(text, 20)
 
 
 @pytest.mark.parametrize("text", ["", "ttft", "ttft:0", "itl:5", "ttft:200,"])
