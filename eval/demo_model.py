@@ -51,7 +51,7 @@ def make_demo_model(folder: Path = DEFAULT_FOLDER) -> bool:
     """
     if is_model_folder(folder):
         return False
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise EvalError(f"{folder} exists and is not a whole model; remove it or choose another folder with --out")
     gguf = packaged_gguf()
     if folder.exists():

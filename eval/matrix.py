@@ -49,7 +49,7 @@ def matrix(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Folder with the test sets of the quality tasks. Default: from the hub."),
     ] = None,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds for each measurement.")] = 3600,
+    timeout: Annotated[float, typer.Option(min=1, max=604_800, help="Seconds for each measurement.")] = 3600,
 ) -> None:
     """Measure what results/ holds of a GPU, one file after another; CUDA_VISIBLE_DEVICES chooses the GPU.
 

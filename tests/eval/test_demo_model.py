@@ -62,6 +62,15 @@ def test_does_not_overwrite_something_else(tmp_path, fake_conversion):
     assert fake_conversion == []
 
 
+def test_a_link_is_something_else(tmp_path, fake_conversion):
+    (tmp_path / "empty").mkdir()
+    for target in ("empty", "nowhere"):
+        (tmp_path / f"to-{target}").symlink_to(tmp_path / target)
+        with pytest.raises(EvalError, match="not a whole model; remove it or choose another folder"):
+            make_demo_model(tmp_path / f"to-{target}")
+    assert fake_conversion == []
+
+
 def test_two_at_once_keep_the_first(tmp_path, monkeypatch, fake_conversion):
     folder = tmp_path / "small"
     convert = demo_model.convert_gguf

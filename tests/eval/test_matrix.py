@@ -49,6 +49,13 @@ def test_one_that_fails_or_takes_too_long_does_not_stop_the_next(monkeypatch, tm
     assert "No such command" in (tmp_path / "logs" / "bad.log").read_text()
 
 
+@pytest.mark.parametrize("timeout", ["inf", "nan", "0", "1e308"])
+def test_a_timeout_that_is_none_is_refused(timeout):
+    done = CliRunner().invoke(app, ["matrix", "agreement", "--timeout", timeout])
+    assert done.exit_code == 2
+    assert "'--timeout'" in done.stderr
+
+
 def test_unknown_measurements_are_refused():
     with pytest.raises(EvalError, match="speed is no measurement; accepted are kernels, kernels-norm, "):
         matrix.matrix(["vllm", "speed"])
