@@ -62,7 +62,8 @@ def resolve_folder(model: str) -> Path:
         if folder.is_dir():
             return folder
     except (OSError, RuntimeError) as error:  # a name too long, or ~ of nobody
-        raise EngineError(f"model {shown(model)} is no folder here: {one_line(error)}") from error
+        reason = error.strerror if isinstance(error, OSError) else one_line(error)
+        raise EngineError(f"model {shown(model)} is no folder here: {reason}") from error
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise EngineError(f"model {shown(model)} is no folder here; give a folder or a hub name such as owner/name")
     from huggingface_hub import snapshot_download

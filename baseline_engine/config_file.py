@@ -18,7 +18,7 @@ _Size = Annotated[int, Interval(ge=1, le=2**24)]
 """A dimension of a weight. Products of two stay far below 2^63."""
 _Positive = Annotated[float, Gt(0)]
 _Context = Annotated[int, Interval(ge=1, le=2**31 - 1)]
-_Window = Annotated[int, Ge(1)]
+_Window = Annotated[int, Interval(ge=1, le=2**31 - 1)]
 _Ids = int | list[int] | None
 _Parsed = TypeVar("_Parsed", bound=BaseModel)
 
@@ -56,7 +56,7 @@ class _Rope(_File):
     factor: _Positive | None = None
     low_freq_factor: _Positive | None = None
     high_freq_factor: _Positive | None = None
-    original_max_position_embeddings: Annotated[int, Ge(1)] | None = None
+    original_max_position_embeddings: _Context | None = None
 
     def scaling(self) -> RopeScaling | None:
         values = {field.name: getattr(self, field.name) for field in fields(RopeScaling)}

@@ -150,7 +150,7 @@ class Engine:
                 if request.finish_reason is not None:  # it ended while this step was in flight
                     continue
                 if token == NOT_FINITE:
-                    events.append(self._give_up(request, self._explain_not_finite()))
+                    events.append(self._give_up(request, explain_not_finite(self.model.weight_format.dtype)))
                     continue
                 request.append(token, now)
                 if logprobs:
@@ -165,12 +165,6 @@ class Engine:
         request.end("error", error)
         self.scheduler.finish(request)
         return TokenEvent(request.index, None, request.take_text(), "error", error=error)
-
-    def _explain_not_finite(self) -> str:
-        dtype = str(self.model.weight_format.dtype).removeprefix("torch.")
-        wider = {"float16": "give dtype bfloat16 or float32", "bfloat16": "give dtype float32"}
-        advice = wider.get(dtype, "the weights or numbers of config.json are at fault")
-        return f"the model's logits are NaN or infinite in {dtype}; {advice}"
 
     def generate(
         self,
@@ -228,8 +222,10 @@ class Engine:
     def _requests(
         self, prompts: Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams], chat: bool, start: float
     ) -> list[Request]:
-        if isinstance(prompts, str) or not prompts:
+        if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes) or not prompts:
             raise EngineError("prompts must be a list of at least one prompt")
+        if not isinstance(sampling, SamplingParams | Sequence):
+            raise EngineError(f"sampling parameters are {shown(sampling)}; give a SamplingParams, or a list of them")
         params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
         if len(params) != len(prompts):
             raise EngineError(
@@ -313,3 +309,11 @@ def _messages(prompt: Sequence[Any]) -> list[Mapping[str, str]]:
         if not isinstance(message, Mapping) or not all(isinstance(part, str) for part in message.values()):
             raise EngineError(f"a message is {shown(message)}; give a role and a content, both text")
     return list(prompt)
+
+
+def explain_not_finite(dtype: torch.dtype) -> str:
+    """The error where NaN or infinity came out of the model, which a dtype of a larger range may mend."""
+    name = str(dtype).removeprefix("torch.")
+    wider = {"float16": "give dtype bfloat16 or float32", "bfloat16": "give dtype float32"}
+    advice = wider.get(name, "the weights or numbers in config.json are at fault")
+    return f"the model's logits are NaN or infinite in {name}; {advice}"

@@ -17,15 +17,15 @@ def describe(error: Any) -> str:
     missing = [".".join(map(str, fault["loc"])) for fault in faults if fault["type"] == "missing"]
     if missing:
         return f"missing {', '.join(missing)}"
-    place = faults[0]["loc"][0]
-    index = "".join(f"[{part}]" for part in faults[0]["loc"][1:] if isinstance(part, int))
+    first, place = faults[0], faults[0]["loc"][0]
+    index = "".join(f"[{part}]" for part in first["loc"][1:] if isinstance(part, int))
+    given = f"{place}{index} is {shown(first['input'])}; "
+    if first["type"] == "extra_forbidden":
+        return f"{given}the engine has no such setting"
     # A field of several types has an error for each.
-    messages = [fault["msg"] for fault in faults if fault["loc"][0] == place]
-    accepted = " or ".join(dict.fromkeys(message.removeprefix("Input should be ") for message in messages))
-    if faults[0]["type"] == "extra_forbidden":
-        messages = ["the engine has no such setting"]
-    should = "it should be " if messages[0].startswith("Input") else ""
-    return one_line(f"{place}{index} is {shown(faults[0]['input'])}; {should}{accepted}")
+    messages = [fault["msg"].removeprefix("Input should be ") for fault in faults if fault["loc"][0] == place]
+    should = "it should be " if first["msg"].startswith("Input") else ""
+    return one_line(given + should + " or ".join(dict.fromkeys(messages)))
 
 
 def shown(value: Any) -> str:

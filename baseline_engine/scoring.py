@@ -5,6 +5,7 @@ paged cache. Logits are made for the scored tokens only, `max_seqs` of them at a
 all tokens times the vocabulary is ever held.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rowint8.baseline_engine.config import SamplingParams
-from rowint8.baseline_engine.engine import Engine
+from rowint8.baseline_engine.engine import Engine, explain_not_finite
 from rowint8.baseline_engine.errors import EngineError
 from rowint8.baseline_engine.model import Decoder
 from rowint8.baseline_engine.scheduler import Chunk, Scheduler
@@ -42,7 +43,7 @@ def score(engine: Engine, texts: Sequence[Text]) -> list[Score]:
 
     Raises:
         EngineError: the engine is at work, or a text has no context, nothing to score, too many tokens (its last is
-            not computed and does not count) or one outside the vocabulary.
+            not computed and does not count) or one outside the vocabulary; or the model's logits are NaN or infinite.
     """
     if engine.has_work:
         raise EngineError("the engine has requests; score when they are complete")
@@ -66,9 +67,9 @@ def score(engine: Engine, texts: Sequence[Text]) -> list[Score]:
             for chunk in chunks:
                 if chunk.samples:
                     scheduler.finish(chunk.request)
-    finally:
-        for request in [*scheduler.running]:
-            scheduler.finish(request)
+    except BaseException:
+        engine.scheduler.reset()  # the blocks of a step that was broken off
+        raise
     return scores
 
 
@@ -87,8 +88,10 @@ def _score_step(engine: Engine, chunks: Sequence[Chunk], texts: Sequence[Text], 
     size = engine.config.max_seqs
     for part in (slice(begin, begin + size) for begin in range(0, len(rows), size)):
         row, target = (to_device(numbers[part], hidden.device, np.int64) for numbers in (rows, targets))
-        logprobs, greedy = _predictions(engine.model, hidden[row], target)
-        for (index, place), logprob, likeliest in zip(places[part], logprobs.tolist(), greedy.tolist(), strict=True):
+        logprobs, greedy = (numbers.tolist() for numbers in _predictions(engine.model, hidden[row], target))
+        if any(map(math.isnan, logprobs)):
+            raise EngineError(explain_not_finite(hidden.dtype))
+        for (index, place), logprob, likeliest in zip(places[part], logprobs, greedy, strict=True):
             scores[index].logprobs[place], scores[index].greedy[place] = logprob, likeliest
 
 

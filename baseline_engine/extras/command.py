@@ -136,8 +136,8 @@ def _errors_in_one_line() -> Iterator[None]:
         _fail("interrupted", code=130)
     except BrokenPipeError:  # the reader of stdout has gone, as head does; typer ends quietly
         raise
-    except OSError as error:
-        _fail(f"error: cannot write: {error.strerror or error}", code=1)
+    except OSError as error:  # a full disk behind stdout
+        _fail(f"error: {error}", code=1)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -1,9 +1,11 @@
 """config.json: what is read, what is refused."""
 
 import json
+import math
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from rowint8.baseline_engine.errors import EngineError
 from rowint8.baseline_engine.model_config import ModelConfig, RopeScaling
@@ -145,3 +147,81 @@ def test_a_broken_file_is_named(tmp_path, content, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(EngineError, match=r"config\.json is missing"):
         ModelConfig.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "heads", "context", "head_dim", "eos"),
+    [
+        ("Llama", 32, 2048, 2, (2,)),
+        ("Mistral", 8, 2**17, 2, (2,)),
+        ("Qwen2", 32, 2**15, 2, ()),
+        ("Qwen3", 32, 2**15, 128, ()),
+    ],
+)
+def test_what_is_left_out_is_what_transformers_has_for_the_family(tmp_path, family, heads, context, head_dim, eos):
+    config = read(tmp_path, architectures=[f"{family}ForCausalLM"], num_attention_heads=32)
+    assert (config.num_kv_heads, config.max_position_embeddings, config.head_dim) == (heads, context, head_dim)
+    assert config.eos_token_ids == eos
+    theirs = AutoConfig.for_model(family.lower(), num_attention_heads=32, hidden_size=64)
+    assert theirs.num_key_value_heads == heads
+    assert theirs.max_position_embeddings == context
+    assert (theirs.eos_token_id,) * bool(eos) == eos
+
+
+ROPE = {"rope_type": "default", "rope_theta": 500.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("Llama", {"rope_parameters": ROPE, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "differ; keep the"),
+        ("Llama", {"rope_parameters": ROPE, "rope_scaling": {"rope_type": "default"}}, "differ; keep the"),
+        ("Llama", {"rope_parameters": ROPE, "rope_theta": 10.0}, "rope_theta is both 10.0 and 500.0"),
+        (
+            "Llama",
+            {"rope_parameters": {"rope_type": "default", "type": "llama3"}},
+            "'default' and type 'llama3' differ",
+        ),
+        ("Llama", {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}}, "full_attention is {"),
+        ("Llama", {"rope_parameters": ROPE | {"factor": 2.0}}, "'default' with factor, which only 'llama3' has"),
+        ("Llama", {"rope_parameters": ROPE | {"attention_factor": 2.0}}, "attention_factor is 2.0; the engine has no"),
+        ("Llama", {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ("Llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        (
+            "Llama",
+            {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "factor": 0}},
+            "factor is 0; it should be greater",
+        ),
+        (
+            "Llama",
+            {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 9.0}},
+            "must be below its high",
+        ),
+        ("Llama", {"original_max_position_embeddings": 8}, "original_max_position_embeddings is 8"),
+        *(("Llama", {"rope_theta": theta}, "rope_theta is ") for theta in (0, -1.0, math.nan, math.inf, "1e4", [1.0])),
+        *(("Llama", {"rms_norm_eps": eps}, "rms_norm_eps is ") for eps in (-1e-6, math.nan, 2.0, "1e-6")),
+        *(("Mistral", {"sliding_window": size}, "sliding_window is ") for size in (0, -1, 2.5, "8", 10**30)),
+        *(("Qwen2", {"sliding_window": size}, "sliding_window is ") for size in (0, -1, 2.5)),
+        ("Llama", {"sliding_window": 8}, "sliding_window is 8; it should be None"),
+        ("Llama", {"layer_types": ["sliding_attention"] * 2}, "but sliding_window is null or off"),
+        ("Mistral", {"layer_types": ["full_attention"] * 2}, "layer_types is "),
+        ("Qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layers with and without sliding window"),
+        ("Qwen3", {"layer_types": ["sliding_attention"] * 2}, "but sliding_window is null or off"),
+        ("Qwen3", {"layer_types": ["full_attention"] * 3}, "layer_types has 3 entries for 2 layers"),
+        ("Qwen2", {"layer_types": ["linear_attention"] * 2}, "layer_types"),
+        ("Mistral", {"attention_bias": True}, "attention_bias is True; it should be False"),
+        ("Qwen2", {"mlp_bias": True}, "mlp_bias is True; it should be False"),
+        ("Llama", {"eos_token_id": "2"}, "eos_token_id is '2'"),
+        ("Llama", {"eos_token_id": [2, "3"]}, r"eos_token_id\[1\] is '3'|eos_token_id is \[2, '3'\]"),
+        *(("Llama", {"num_hidden_layers": count}, "num_hidden_layers is ") for count in (0, -1, 2.0, "2", True, 10**6)),
+        ("Llama", {"architectures": ["LlamaForCausalLM"] * 2}, "architecture LlamaForCausalLM, LlamaForCausalLM; the"),
+        ("Llama", {"architectures": [["LlamaForCausalLM"]]}, "architecture \\['LlamaForCausalLM'\\]"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_what_the_file_says_and_the_engine_does_not_do_is_refused_by_name(tmp_path, family, changes, message):
+    changes = {"architectures": [f"{family}ForCausalLM"], "num_key_value_heads": 8, "head_dim": 8, **changes}
+    with pytest.raises(EngineError, match=message) as caught:
+        read(tmp_path, **changes)
+    assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: ")
+    assert "\n" not in str(caught.value)
