@@ -6,13 +6,14 @@ core and every worker process.
 
 
 def register() -> None:
-    """Adds `rowint8` to the methods and norms that vLLM knows, and guards its models. Again, it changes nothing."""
+    """Adds `rowint8` to the methods that vLLM knows, and guards the models that use it. Again, it changes nothing."""
+    import vllm
     from vllm.model_executor.layers.quantization import register_quantization_config
 
+    from rowint8.vllm_plugin.compat import note_version
     from rowint8.vllm_plugin.config import RowInt8Config
     from rowint8.vllm_plugin.hooks import install
-    from rowint8.vllm_plugin.norm import register_provider
 
+    note_version(vllm.__version__)
     register_quantization_config("rowint8")(RowInt8Config)
-    register_provider()
     install()

@@ -22,10 +22,12 @@ from the meta device and for every reload.
 """
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 from weakref import ref
 
 from torch import Tensor
+from vllm.model_executor.parameter import BasevLLMParameter
 
 
 def note_part(param: Any, part: tuple, numel: int) -> None:
@@ -69,8 +71,17 @@ def set_function(model: Any, name: str, function: Callable) -> None:
 
 
 def set_bias_loader(layer: Any, loader: Callable) -> None:
-    """Sets the loader of the bias that vLLM registers next."""
-    layer.weight_loader = loader
+    """Sets the loader of the bias that vLLM registers next.
+
+    vLLM calls it for weights too: where a checkpoint holds the parts of a merged layer as one, for each part in turn.
+    """
+    load_weights = layer.weight_loader
+
+    @wraps(load_weights)
+    def load(param: Any, *rest: Any) -> Any:
+        return (load_weights if isinstance(param, BasevLLMParameter) else loader)(param, *rest)
+
+    layer.weight_loader = load
 
 
 def is_processed(layer: Any) -> bool:

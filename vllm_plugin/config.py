@@ -21,6 +21,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from rowint8.kernels.ops import ACTIVATION_DTYPES
+from rowint8.vllm_plugin import compat
 from rowint8.vllm_plugin.ignore import check_entries, matches, renamed
 
 logger = init_logger(f"vllm.{__name__}")
@@ -124,12 +125,16 @@ class RowInt8Config(QuantizationConfig):
 
         from rowint8.vllm_plugin.lm_head import RowInt8VocabMethod, TiedHeadMethod
 
-        model = get_current_vllm_config().model_config
+        config = get_current_vllm_config()
+        model = config.model_config
         tied = getattr(model.hf_text_config, "tie_word_embeddings", False)
         is_head = isinstance(layer, ParallelLMHead)
         of_full_size = (layer.org_vocab_size, layer.embedding_dim) == (model.get_vocab_size(), model.get_hidden_size())
         computed_in_its_dtype = model.runner_type != "pooling" and model.head_dtype == model.dtype
         if not (self.lm_head and of_full_size and computed_in_its_dtype and (is_head or tied)):
+            return None
+        if compat.quantizes_head_for_drafter(config):
+            logger.warning_once("rowint8: the head stays unquantized: draft_lm_head_quantization needs it so")
             return None
         if is_head and tied:
             return TiedHeadMethod()

@@ -1,4 +1,5 @@
-"""Three moments at which vLLM calls nobody, and is made to call `guard`: a built model, a read file, a reload's end.
+"""Three moments at which vLLM calls nobody, and is made to call this plugin: a built model, a read
+file, a reload's end.
 
 vLLM checks that a checkpoint filled a model only where the model is not quantized, and a quantization method is asked
 about single layers only. So three functions of vLLM are wrapped, once in a process. Models that vLLM builds without
@@ -34,8 +35,10 @@ def _guarding(initialize: Callable) -> Callable:
         model = initialize(vllm_config=vllm_config, **options)
         if _is_ours(vllm_config):
             from rowint8.vllm_plugin.guard import guard
+            from rowint8.vllm_plugin.summary import log_summary
 
             guard(model, vllm_config, options.get("model_config") or vllm_config.model_config)
+            log_summary(model, vllm_config)
         return model
 
     return initialize_model

@@ -1,22 +1,40 @@
-"""What the plugin changes in vLLM's settings for a model: its compiler pass, and who computes its norms.
+"""What the plugin changes in vLLM's settings for a model: the passes that its compiler runs.
 
-Nothing else in the plugin touches either. vLLM has no hook for a model that it builds, so the first INT8 layer that
-gets its weights calls `prepare_model`, and each later one calls it again.
+Nothing else in the plugin touches them. vLLM has no hook for a model that it builds, so the first INT8 layer that gets
+its weights calls `prepare_model`, and each later one calls it again.
 """
 
 from typing import Any
 
 import torch
-from vllm import ir
+from torch import fx
+from vllm.compilation.passes.inductor_pass import InductorPass
 from vllm.config import CompilationMode
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from rowint8.vllm_plugin.norm import PROVIDER
+from rowint8.vllm_plugin import compat
+from rowint8.vllm_plugin.norm_fusion import NormFusion
 from rowint8.vllm_plugin.swiglu_fusion import SwigluFusion
 from rowint8.vllm_plugin.warmup import ready
 
 logger = init_logger(f"vllm.{__name__}")
+
+
+class Passes(InductorPass):
+    """The plugin's passes over one model: vLLM has a place for one. `gate_ups` are shapes [2I, K], for the log."""
+
+    def __init__(self) -> None:
+        self.norm: NormFusion | None = None
+        self.swiglu: SwigluFusion | None = None
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for fusion in (self.norm, self.swiglu):
+            if fusion:
+                fusion(graph)
+
+    def uuid(self) -> str:
+        return self.hash_dict({"passes": [fusion and fusion.uuid() for fusion in (self.norm, self.swiglu)]})
 
 
 def prepare_model(config: Any, fuse_norm: bool = False, gate_up: tuple[int, int] | None = None) -> None:
@@ -24,52 +42,58 @@ def prepare_model(config: Any, fuse_norm: bool = False, gate_up: tuple[int, int]
 
     Args:
         config: vLLM's config of the model.
-        fuse_norm: whether `rowint8::add_rms_norm` comes before vLLM's native code.
+        fuse_norm: whether sum and norm become `rowint8::add_rms_norm`.
         gate_up: shape [2I, K] of the layer's weight, if it is a gate_up layer whose SwiGLU may be fused.
     """
-    if fuse_norm:
-        _prefer_norm(config)
-    if gate_up:
-        _fuse_swiglu(config, gate_up)
-
-
-def _fuse_swiglu(config: Any, gate_up: tuple[int, int]) -> None:
-    passes = config.compilation_config.inductor_compile_config
-    installed = passes.get(current_platform.pass_key)
-    if isinstance(installed, SwigluFusion):
-        installed.gate_ups.append(gate_up)
+    passes = _passes(config) if fuse_norm or gate_up else None
+    if passes is None:
         return
-    obstacle = _obstacle(config, installed)
-    if obstacle:
-        logger.info_once(f"rowint8: SwiGLU is not fused: {obstacle}")
-    else:
-        passes[current_platform.pass_key] = SwigluFusion(config.model_config.dtype, [gate_up])
+    if fuse_norm and passes.norm is None and _norm_obstacle(config) is None:
+        passes.norm = NormFusion(config.model_config.dtype)
+        _warm_up_norm(config.model_config)
+    if gate_up and passes.swiglu:
+        passes.swiglu.gate_ups.append(gate_up)
+    elif gate_up and _swiglu_obstacle(config) is None:
+        passes.swiglu = SwigluFusion(config.model_config.dtype, [gate_up])
 
 
-def _obstacle(config: Any, installed: Any) -> str | None:
-    """Why no pass can be installed in this model's compilation, if so."""
+def _passes(config: Any) -> Passes | None:
+    """The model's passes, which this installs; None where no pass can run."""
+    installed = config.compilation_config.inductor_compile_config
+    if _obstacle(config) is not None:
+        return None
+    return installed.setdefault(current_platform.pass_key, Passes())
+
+
+def _obstacle(config: Any) -> str | None:
+    """Why no pass can run over the model, if so."""
     if config.compilation_config.mode == CompilationMode.NONE:
         return "the model is not compiled"
-    if config.lora_config is not None:
-        return "LoRA adds to its inputs"
-    if installed is not None:
-        return f"{current_platform.pass_key} is taken by {installed!r}"
+    taken = config.compilation_config.inductor_compile_config.get(current_platform.pass_key)
+    if taken is not None and not isinstance(taken, Passes):
+        return f"{current_platform.pass_key} is taken by {taken!r}"
     return None
 
 
-def _prefer_norm(config: Any) -> None:
-    """Puts the provider of `norm` before vLLM's native code in the model's order, and makes its kernel ready."""
-    priorities = config.kernel_config.ir_op_priority
-    order = priorities.fused_add_rms_norm
-    if config.compilation_config.mode == CompilationMode.NONE:
-        logger.info_once("rowint8: sum and norm are left to vLLM: the model is not compiled")
-    elif order[0] == "native":
-        priorities.fused_add_rms_norm = [PROVIDER, *order]
-        ir.ops.fused_add_rms_norm.set_default(priorities.fused_add_rms_norm)
-        if current_platform.is_cuda():
-            model, device = config.model_config, torch.device("cuda", torch.cuda.current_device())
-            size = model.get_hidden_size()
-            ready(("add_rms_norm",), size, size, False, model.dtype, device, 1)
-        logger.info_once("rowint8: for sum and norm its kernel comes before vLLM's native code")
-    elif order[0] != PROVIDER:
-        logger.info_once("rowint8: sum and norm are left to %s, which ir_op_priority names first", order[0])
+def _swiglu_obstacle(config: Any) -> str | None:
+    return _obstacle(config) or (None if config.lora_config is None else "LoRA adds to its inputs")
+
+
+def _norm_obstacle(config: Any) -> str | None:
+    first = compat.preferred_norm(config)
+    return _obstacle(config) or (None if first == "native" else f"ir_op_priority names {first} first")
+
+
+def not_fused(config: Any, fuse_swiglu: bool, fuse_norm: bool) -> dict[str, str | None]:
+    """Why SwiGLU and norms of the model are not fused; None where the compiler may fuse them."""
+    off = "switched off"
+    return {
+        "SwiGLU": _swiglu_obstacle(config) if fuse_swiglu else off,
+        "norms": _norm_obstacle(config) if fuse_norm else off,
+    }
+
+
+def _warm_up_norm(model: Any) -> None:
+    if current_platform.is_cuda():
+        device, size = torch.device("cuda", torch.cuda.current_device()), model.get_hidden_size()
+        ready(("add_rms_norm",), size, size, False, model.dtype, device, 1)

@@ -25,16 +25,9 @@ from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
 from rowint8.kernels import ops
-from rowint8.vllm_plugin import attached
+from rowint8.vllm_plugin import attached, compat
 from rowint8.vllm_plugin.linear import quantize_part
 from rowint8.vllm_plugin.loading import FLOATS, SAVED_FROM_MEMORY, Int8Method, guarded_loader, refuse_incomplete
-
-try:  # in vLLM versions whose CPU build has no router, the method chooses the experts itself
-    from vllm.model_executor.layers.fused_moe.cpu_fused_moe import (  # pyright: ignore[reportMissingImports]
-        select_experts,
-    )
-except ImportError:
-    select_experts = None
 
 _HINT = "INT8 experts cannot be read from a checkpoint, only quantized while they load"
 
@@ -47,6 +40,8 @@ def make_experts_method(layer: Any, prefix: str) -> "RowInt8MoEMethod":
 
 def why_unquantized(layer: Any) -> str | None:
     """What about these experts is not done in INT8, if anything."""
+    if compat.refuses_quantized_experts(layer):
+        return f"{type(layer).__name__} takes no quantized ones"
     if layer.activation != MoEActivation.SILU or layer.swiglu_limit is not None:
         return f"their activation is {layer.activation.value}, not a plain SwiGLU"
     if layer.moe_config.has_bias:
@@ -133,7 +128,7 @@ class RowInt8CpuMoEMethod(RowInt8MoEMethod):
 
     @property
     def is_monolithic(self) -> bool:
-        return select_experts is not None
+        return compat.select_experts is not None
 
     def apply(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, **shared_experts: Any) -> Tensor:
         """[M, H] -> [M, H] in x's dtype, for the experts that this rank holds."""
@@ -143,8 +138,8 @@ class RowInt8CpuMoEMethod(RowInt8MoEMethod):
         return _experts_in_turn(x, *weights, topk_weights, topk_ids)
 
     def apply_monolithic(self, layer: Any, x: Tensor, router_logits: Tensor, input_ids: Tensor | None = None) -> Tensor:
-        assert select_experts is not None
-        topk_weights, topk_ids = select_experts(
+        assert compat.select_experts is not None
+        topk_weights, topk_ids = compat.select_experts(
             hidden_states=x,
             router_logits=router_logits,
             top_k=layer.top_k,

@@ -1,38 +1,95 @@
-"""The sum into the residual stream and the norm behind it as one kernel, `rowint8::add_rms_norm`.
+"""The sum into the residual stream and the norm behind it as one kernel: an Inductor pass.
 
-vLLM writes the two as one operator of its own, `fused_add_rms_norm`, with implementations from several providers and,
-for each model, an order of preference (`kernel_config.ir_op_priority`). This is one more provider. Unless `fuse_norm`
-is false, `model` puts it before vLLM's native code: what torch.compile makes of that starts only when the kernel ahead
-of it has ended. A provider that the user puts first stays first. The sum is rounded before it is normalized, as by
-vLLM's CUDA kernel, not by its native code.
+    total = x + residual                                              [..., H]
+    normed = total / sqrt(mean(total^2) + eps) * weight               [..., H]
+
+becomes `rowint8::add_rms_norm(x, residual, weight, eps)`. What torch.compile makes of the two starts only when the
+kernel ahead of it has ended; this one is set up before. Versions of vLLM that have an IR write the two as one operator,
+which the pass replaces; others write them in torch, which it matches. Either way vLLM's own fusions come first, and
+what they take is theirs. The sum is rounded before it is normalized, as by vLLM's CUDA kernel, not by its native code.
 """
 
-from torch import Tensor
-from vllm import ir
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.pattern_matcher import PatternMatcherPass, fwd_only, register_replacement
+from vllm.compilation.passes.inductor_pass import InductorPass, enable_fake_mode
 
 from rowint8.kernels import ops
-
-PROVIDER = "rowint8"
-
-
-def register_provider() -> None:
-    """Makes the implementation known to vLLM, once in a process."""
-    operator = ir.ops.fused_add_rms_norm
-    if PROVIDER not in operator.impls:
-        operator.register_impl(PROVIDER, supports_args=_supports)(_fused_add_rms_norm)
+from rowint8.vllm_plugin import compat
 
 
-def _supports(
-    x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
-) -> bool:
-    if weight is None or variance_size is not None or x.dtype not in ops.ACTIVATION_DTYPES:
+class NormFusion(InductorPass):
+    """The pass, for activations of `dtype`."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __call__(self, graph: fx.Graph) -> None:
+        _patterns(self.dtype).apply(graph)
+        operator = compat.norm_operator()
+        for node in graph.find_nodes(op="call_function", target=operator) if operator else ():
+            if supports(*node.args):
+                _replace(node)
+
+    def uuid(self) -> str:
+        return self.hash_source(type(self), supports, _replace, total_by_torch, norm_by_torch, str(self.dtype))
+
+
+def supports(x: Any, residual: Any, weight: Any, eps: float, variance_size: int | None = None) -> bool:
+    """Whether `rowint8::add_rms_norm` computes vLLM's operator for these arguments, nodes of a graph."""
+    if variance_size is not None or not hasattr(weight, "meta"):
         return False
-    alike = x.dtype == x_residual.dtype == weight.dtype and x.shape == x_residual.shape
-    return alike and weight.shape == x.shape[-1:]
+    x, residual, weight = (node.meta["val"] for node in (x, residual, weight))
+    alike = x.dtype == residual.dtype == weight.dtype and x.shape == residual.shape
+    return alike and x.dtype in ops.ACTIVATION_DTYPES and weight.shape == x.shape[-1:]
 
 
-def _fused_add_rms_norm(
-    x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
-) -> tuple[Tensor, Tensor]:
-    assert weight is not None
-    return ops.add_rms_norm(x, x_residual, weight, epsilon)
+def _replace(node: fx.Node) -> None:
+    with node.graph.inserting_before(node):
+        ours = node.graph.call_function(torch.ops.rowint8.add_rms_norm.default, node.args[:4])
+    ours.meta = node.meta.copy()
+    node.replace_all_uses_with(ours)
+    node.graph.erase_node(node)
+
+
+def total_by_torch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Sum and norm as vLLM's native code has them."""
+    total = x.float() + residual.float()
+    unit = total * torch.rsqrt(total.pow(2).mean(dim=-1, keepdim=True) + eps)
+    return unit.to(x.dtype) * weight, total.to(x.dtype)
+
+
+def norm_by_torch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The last one of a model, whose sum nobody reads."""
+    return total_by_torch(x, residual, weight, eps)[0]
+
+
+@cache
+@enable_fake_mode
+def _patterns(dtype: torch.dtype) -> PatternMatcherPass:
+    """Both patterns for activations of `dtype`; they match every size and every eps."""
+    patterns: Any = PatternMatcherPass("rowint8_norm")
+    inputs = [torch.empty(3, 8, dtype=dtype), torch.empty(3, 8, dtype=dtype), torch.empty(8, dtype=dtype)]
+
+    def without_total(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return ops.add_rms_norm(x, residual, weight, eps)[0]
+
+    for search, replacement in ((total_by_torch, ops.add_rms_norm), (norm_by_torch, without_total)):
+        register_replacement(
+            search,
+            replacement,
+            inputs,
+            fwd_only,
+            patterns,
+            scalar_workaround={"eps": 0.12345},
+            extra_check=_same_shapes,
+        )
+    return patterns
+
+
+def _same_shapes(match: Any) -> bool:
+    """Whether x and residual have one shape and dtype, which torch's sum does not ask for."""
+    return supports(*(match.kwargs[name] for name in ("x", "residual", "weight", "eps")))

@@ -25,6 +25,7 @@ from vllm.compilation.passes.inductor_pass import InductorPass, enable_fake_mode
 from vllm.logger import init_logger
 
 from rowint8.kernels import ops
+from rowint8.vllm_plugin import compat
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -69,7 +70,7 @@ def swiglu_by_torch(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
 
 def swiglu_by_vllm(x: Tensor, values: Tensor, scale: Tensor, out: Tensor) -> Any:
     """What `SiluAndMul` compiles to with `+silu_and_mul` among the compilation config's `custom_ops`."""
-    silu_and_mul = torch.ops._C.silu_and_mul.default
+    silu_and_mul: Any = compat.builtin_silu_and_mul()
     names = [argument.name for argument in silu_and_mul._schema.arguments]
     arguments = dict(zip(names, (out, ops.linear(x, values, scale)), strict=True))
     return auto_functionalized(silu_and_mul, **arguments)[1]
@@ -82,7 +83,7 @@ def _patterns(dtype: torch.dtype) -> PatternMatcherPass:
     patterns: Any = PatternMatcherPass("rowint8_swiglu")
     x, values, scale = torch.empty(3, 8, dtype=dtype), torch.empty(12, 8, dtype=torch.int8), torch.empty(12).half()
     register_replacement(swiglu_by_torch, ops.swiglu, [x, values, scale], fwd_only, patterns)
-    if hasattr(torch.ops._C, "silu_and_mul"):
+    if compat.builtin_silu_and_mul():
         out = torch.empty(3, 6, dtype=dtype)
 
         def replacement(x: Tensor, values: Tensor, scale: Tensor, out: Tensor) -> Tensor:
