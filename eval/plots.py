@@ -1,4 +1,5 @@
-"""The plots of the report, from results only: times of kernels, tok/s over batch and over setups, KL over bits."""
+"""The plots of the report, from results only: times of kernels and their ratios to the best other's, chains, tok/s over
+batch and over setups, KL over bits."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -9,8 +10,8 @@ from pathlib import Path
 from rowint8.eval.errors import EvalError
 from rowint8.eval.models import FORMATS
 from rowint8.eval.results.files import Results
-from rowint8.eval.results.roofline import limit_us
-from rowint8.eval.results.schema import Ceilings, FidelityRow, Generation, KernelRow
+from rowint8.eval.results.roofline import limit_us, misses, ratio
+from rowint8.eval.results.schema import Ceilings, ChainRow, FidelityRow, Generation, KernelRow
 from rowint8.eval.writing import write_file
 
 _MOST_SHAPES = 6
@@ -21,6 +22,10 @@ _COLUMNS = 3
 """Panels of kernels beside one another."""
 _SIDE = 4.2
 """Inches of the side of such a panel."""
+_MANY_COUNTS = 20
+"""From this many numbers of tokens on a heat map shows more than lines do."""
+_HEAT = (0.5, 1.5)
+"""Ratios with the strongest colours; those beyond have them too."""
 
 
 def pictures(found: Mapping[str, Results]) -> dict[str, Callable[[Path], None]]:
@@ -31,6 +36,10 @@ def pictures(found: Mapping[str, Results]) -> dict[str, Callable[[Path], None]]:
         shapes = {row.shape for row in results.rows if isinstance(row, KernelRow)}
         if results.ceilings and 0 < len(shapes) <= _MOST_SHAPES:
             drawn[f"{stem}.svg"] = partial(_kernels, results.rows, results.ceilings, device)
+        if isinstance(first, KernelRow) and len({row.M for row in results.rows}) >= _MANY_COUNTS:
+            drawn[f"{stem}-ratio.svg"] = partial(_ratios, results.rows, device)
+        if isinstance(first, ChainRow) and any(row.ratio for row in results.rows):
+            drawn[f"{stem}.svg"] = partial(_figure, partial(_chains, results.rows, device))
         if isinstance(first, FidelityRow):
             drawn[f"{stem}-kl.svg"] = partial(_figure, partial(_kl, results.rows))
         if isinstance(first, Generation):
@@ -108,6 +117,61 @@ def _kl(rows: Sequence[FidelityRow], axes) -> None:
     axes.set(yscale="log", xlabel=f"bits a weight, scales included, [{n}, {k}]", ylabel="mean KL, nats")
 
 
+def _chains(rows: Sequence[ChainRow], device: str, axes) -> None:
+    """The time of each chain over bf16's against tokens, with the interval; ours bold, a line at 1."""
+    chains: dict[str, list[ChainRow]] = {}
+    for row in sorted(rows, key=lambda row: row.M):
+        if row.ratio:
+            chains.setdefault(row.chain, []).append(row)
+    for label, alike in chains.items():
+        ratios = [row.ratio for row in alike if row.ratio]
+        bars = [[each.value - each.low for each in ratios], [each.high - each.value for each in ratios]]
+        look = dict(lw=2.4, zorder=5) if label == "rowint8" else dict(lw=1.1)
+        axes.errorbar(
+            [row.M for row in alike], [each.value for each in ratios], bars, marker="o", ms=3, label=label, **look
+        )
+    axes.axhline(1.0, color="black", lw=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    counts = [2**power for power in range(13) if 2**power <= max(row.M for row in rows)]
+    axes.set_xticks(counts, list(map(str, counts)), fontsize=7)
+    axes.set(xlabel="tokens", ylabel="time / bf16's")
+    axes.set_title(f"{rows[0].layers} layers of {rows[0].model}, attention left out, {device}", fontsize=9)
+    axes.legend(fontsize=7)
+
+
+def _ratios(rows: Sequence[KernelRow], device: str):
+    """A heat map, tokens against operators and shapes; the colour is rowint8's time over the best other's, and a cross
+    marks the cells that miss."""
+    from matplotlib.colors import TwoSlopeNorm
+    from matplotlib.figure import Figure
+
+    counts = sorted({row.M for row in rows})
+    names = list(dict.fromkeys(_title(row).rpartition(",")[0] for row in rows))
+    values = [[float("nan")] * len(counts) for _ in names]
+    lost: list[tuple[int, int]] = []
+    for row in rows:
+        place = names.index(_title(row).rpartition(",")[0]), counts.index(row.M)
+        values[place[0]][place[1]] = ratio(row) or float("nan")
+        lost += [place] if misses(row) else []
+    figure = Figure(figsize=(11, 1.7 + 0.24 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    axes.set_facecolor("lightgrey")
+    norm = TwoSlopeNorm(1.0, *_HEAT)
+    drawn = axes.pcolormesh(values, cmap="RdBu_r", norm=norm, edgecolors="white", linewidth=0.4)
+    axes.plot([x + 0.5 for _, x in lost], [y + 0.5 for y, _ in lost], "kx", ms=4, mew=1.2)
+    axes.set_xticks([x + 0.5 for x in range(len(counts))], list(map(str, counts)), rotation=90, fontsize=7.5)
+    axes.set_yticks([y + 0.5 for y in range(len(names))], names, fontsize=7.5)
+    axes.tick_params(length=0)
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens", fontsize=8)
+    axes.set_title(
+        f"rowint8's time / the best other's on {device}; crosses: certainly slower ({len(lost)} cells)", fontsize=10
+    )
+    figure.colorbar(drawn, ax=axes, extend="both", pad=0.01, aspect=30).ax.tick_params(labelsize=7.5)
+    return figure
+
+
 def _kernels(rows: Sequence[KernelRow], ceilings: Ceilings, device: str):
     """Every entry of the rows' `us` over M with the card's limit, one panel an operator and shape."""
     from matplotlib.figure import Figure
@@ -157,7 +221,8 @@ def _panel(axes, title: str, rows: Sequence[KernelRow], ceilings: Ceilings, styl
     axes.set_yscale("log")
     fastest = min(min(row.us.values()) for row in rows)
     axes.set_ylim(bottom=max(min(limit), fastest / 8) * 0.8)  # the limit of a norm of one row is far below any launch
-    axes.set_xticks([row.M for row in rows], [str(row.M) for row in rows], rotation=90, fontsize=7)
+    counts = [row.M for row in rows if len(rows) < _MANY_COUNTS or row.M & (row.M - 1) == 0]
+    axes.set_xticks(counts, list(map(str, counts)), rotation=90, fontsize=7)
     axes.set_title(title, fontsize=9)
     axes.set_xlabel("tokens")
     axes.set_ylabel("microseconds")

@@ -1,25 +1,33 @@
-"""The commands `rowint8 bench kernels` and `rowint8 tune`: single operators on a GPU."""
+"""The commands `rowint8 bench kernels`, `rowint8 bench chain` and `rowint8 tune`: operators on a GPU."""
 
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from rowint8.baseline_engine.progress import progress_bar
-from rowint8.eval.cli.output import Json, err, out, save, say, write
+from rowint8.eval.cli.output import Json, Kept, err, out, say, write
 from rowint8.eval.errors import EvalError
-from rowint8.eval.kernels.shapes import SHAPES, TOKENS, parse_tokens, select_shapes
+from rowint8.eval.kernels.shapes import (
+    EVERY_COUNT,
+    FEW_COUNTS,
+    SHAPES,
+    TOKENS,
+    parse_tokens,
+    select_shapes,
+)
 from rowint8.eval.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from rowint8.eval.kernels.tune import Choice, Job
 
 COMPILE_TOKENS = (1, 16, 128, 2048)
+_WRITE_EVERY_S = 10.0
+"""Writing a file of a thousand rows takes a while, in which the card would cool."""
 _COMPILING = 0.5
 """At most this part of the time for tuning is spent on compiling ahead."""
 
@@ -33,14 +41,26 @@ Shapes = Annotated[
     str,
     typer.Option(help=f"Comma-separated: {', '.join(name for name in SHAPES if '/' not in name)}; or MODEL/qkv."),
 ]
-Activations = Annotated[Dtype, typer.Option(help="Of the activations.")]
+Activations = Annotated[Dtype, typer.Option(help="Dtype of the activations.")]
 Tokens = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(help="Comma-separated. Default: 1 to 8192 in powers of two; with --compile 1,16,128,2048."),
+    typer.Option(
+        help=f"Comma-separated. Default: {len(EVERY_COUNT)} from 1 to 8192, every kind of remainder among them; "
+        f"with --compile {','.join(map(str, COMPILE_TOKENS))}."
+    ),
 ]
-Peers = Annotated[bool, typer.Option("--peers", help="Also Marlin, Machete and gemlite, where installed.")]
-Humming = Annotated[
-    bool, typer.Option("--humming", help="Also Humming, which compiles for minutes: give few shapes and tokens.")
+_SLOWLY = f"on {DEFAULT_MODEL}'s shapes, of the tokens {','.join(map(str, FEW_COUNTS))}"
+Peers = Annotated[
+    bool, typer.Option("--peers", help=f"Also Marlin and Machete, and gemlite {_SLOWLY}, where installed.")
+]
+Humming = Annotated[bool, typer.Option("--humming", help=f"Also Humming, which compiles for minutes, {_SLOWLY}.")]
+AppendCells = Annotated[
+    bool,
+    typer.Option(
+        "--append",
+        help="Keep what the file holds of other shapes and tokens, measured on the same machine. Several processes, "
+        "such as one a GPU, may append to one file at the same time.",
+    ),
 ]
 Compile = Annotated[
     bool, typer.Option("--compile", help="Also the operators in plain torch, eager and by torch.compile.")
@@ -68,34 +88,37 @@ def bench_kernels(
     humming: Humming = False,
     compile_: Compile = False,
     json_file: Json = None,
+    append: AppendCells = False,
 ) -> None:
-    """Time the operators on a CUDA GPU beside cuBLAS, other INT8 kernels and torch.compile.
+    """Time the operators on a CUDA GPU beside cuBLAS, other INT8 kernels and torch.compile, in turns.
 
     Example: rowint8 bench kernels --peers --shapes gate_up,o --json kernels.json
     """
     chosen = select_shapes(shapes)
-    counts = parse_tokens(tokens) if tokens else COMPILE_TOKENS if compile_ else TOKENS
+    counts = parse_tokens(tokens) if tokens else COMPILE_TOKENS if compile_ else EVERY_COUNT
     _require_gpu("kernels are")
     import torch
 
     from rowint8.eval.kernels.bench import KernelBench
     from rowint8.eval.kernels.inductor import MODES
     from rowint8.eval.kernels.timing import measure_ceilings
-    from rowint8.eval.report.kernels import kernel_tables
+    from rowint8.eval.report.kernels import kernel_tables, worst_table
+    from rowint8.eval.results.schema import KernelRow
 
     names = (["marlin", "machete", "gemlite"] if peers else []) + (["humming"] if humming else [])
     bench = KernelBench(getattr(torch, dtype.value), say, names, list(MODES) if compile_ else [])
-    rows = []
-    with err.status("ceilings") as status:
-        ceilings = measure_ceilings()
-        status.update("getting ready")
-        for row in bench.rows(chosen, counts):
-            rows.append(row)
-            status.update(f"{row.op} {row.shape} M = {row.M}")
-            _keep(json_file, rows, ceilings)
-    for table in kernel_tables(rows, ceilings):
+    kept = Kept(json_file, KernelRow, append, lambda row: (row.op, row.shape, row.M, row.dtype), _WRITE_EVERY_S)
+    try:
+        with err.status("ceilings") as status:
+            kept.ceilings = ceilings = measure_ceilings()
+            status.update("getting ready")
+            for row in bench.rows(chosen, counts):
+                kept.add([row])
+                status.update(f"{row.op} {row.shape} M = {row.M}")
+    finally:
+        kept.close()
+    for table in (*kernel_tables(kept.rows, ceilings), worst_table(kept.rows)):
         out.print(table)
-    write(json_file, rows, ceilings)
 
 
 def _require_gpu(what: str) -> None:
@@ -103,18 +126,6 @@ def _require_gpu(what: str) -> None:
 
     if not torch.cuda.is_available():
         raise EvalError(f"{what} timed on a CUDA GPU; torch finds none here")
-
-
-def _keep(path: Path | None, rows: list, ceilings: Any) -> None:
-    """Writes what is measured so far. The environment is looked up once, for the first row: that takes a second."""
-    from rowint8.eval.results.files import read_results, write_results
-
-    if path is None:
-        return
-    if len(rows) == 1:
-        save(path, rows, ceilings)
-    else:
-        write_results(path, replace(read_results(path), rows=tuple(rows)))
 
 
 def tune(

@@ -1,13 +1,17 @@
 """Where the commands of `rowint8` write: results to stdout, the rest to stderr, and a result file where asked."""
 
+import hashlib
 import io
 import os
 import shlex
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
 import typer
 from rich.console import Console, RenderableType
@@ -15,11 +19,13 @@ from rich.console import Console, RenderableType
 from rowint8.eval.errors import EvalError
 
 if TYPE_CHECKING:
-    from rowint8.eval.results.files import Environment
+    from rowint8.eval.results.files import Environment, Results
+    from rowint8.eval.results.schema import Ceilings
 
 out = Console()
 err = Console(stderr=True)
 
+BUSY_PERCENT = 20.0
 Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the results to this file.")]  # noqa: UP045
 Append = Annotated[
     bool, typer.Option("--append", help="Keep what the file holds of other setups, measured on the same machine.")
@@ -63,11 +69,13 @@ def fail(reason: str) -> NoReturn:
 
 
 def warn_if_busy() -> None:
-    """Says so where other programs keep this machine busy, which takes a second to see: timings would suffer."""
-    from rowint8.eval.console import busy_warning
+    """Warns of other programs that keep the CPU busy, which takes a second to see: timings would suffer."""
+    import psutil
 
-    if warning := busy_warning():
-        err.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+    busy = psutil.cpu_percent(1.0)
+    if busy >= BUSY_PERCENT:
+        what = f"other programs keep {busy:.0f}% of the CPU busy: times measured now say little; stop them first"
+        err.print(f"[yellow]warning:[/yellow] {what}", highlight=False)
 
 
 def write(path: Path | None, rows, ceilings=None) -> None:
@@ -77,20 +85,24 @@ def write(path: Path | None, rows, ceilings=None) -> None:
         say(f"wrote {path}")
 
 
-def save(path: Path, rows, ceilings=None, after: str = "") -> None:
-    """Writes a result file whose command is this process's command line, behind those that it comes `after`.
+def save(path: Path, rows, ceilings=None, command: str | None = None) -> None:
+    """Writes a result file whose command is this process's command line, unless another is given."""
+    from rowint8.eval.results.environment import describe_environment
+    from rowint8.eval.results.files import Results, write_results
+
+    told = command or _command_line(path)
+    results = Results(environment=describe_environment(), command=told, rows=tuple(rows), ceilings=ceilings)
+    write_results(path, results)
+
+
+def _command_line(path: Path) -> str:
+    """This process's, with the result file at `path`.
 
     Where the file, or what lies outside the working directory, is on this machine is no part of the measurement: only
     their names are kept.
     """
-    from rowint8.eval.results.environment import describe_environment
-    from rowint8.eval.results.files import Results, write_results
-
     command = shlex.join(["rowint8", *(_without_place(part, path) for part in sys.argv[1:])])
-    command = command.encode(errors="backslashreplace").decode()  # an argument may be no UTF-8
-    command = f"{after} && {command}" if after else command
-    results = Results(environment=describe_environment(), command=command, rows=tuple(rows), ceilings=ceilings)
-    write_results(path, results)
+    return command.encode(errors="backslashreplace").decode()  # an argument may be no UTF-8
 
 
 def _without_place(argument: str, file: Path) -> str:
@@ -100,46 +112,84 @@ def _without_place(argument: str, file: Path) -> str:
 
 
 class Kept:
-    """The rows of a benchmark of several setups, and the file that holds them whenever the benchmark may end.
+    """The rows of a benchmark, and the file that holds them whenever the benchmark may end.
+
+    Several processes may append to one file at the same time, each with rows of its own, such as one a GPU.
 
     Args:
         path: of the file; None writes nothing.
-        row_type: of its rows, which have a `setup`.
-        append: keep the rows that the file has, but those of setups that are added, which take their place.
+        row_type: of its rows.
+        append: keep the rows that the file has, but those whose key is added, which take their place.
+        key: what rows that are measured together share.
+        every_s: rows that come sooner after the last writing wait for the next, or for `close`.
 
     Raises:
         EvalError: the file to append to cannot be read, or comes from another machine or other versions.
     """
 
-    def __init__(self, path: Path | None, row_type: type, append: bool) -> None:
-        self.path, self.rows, self._after = path, [], ""
-        self._earlier: Sequence = ()
+    def __init__(
+        self,
+        path: Path | None,
+        row_type: type,
+        append: bool,
+        key: Callable[[Any], Hashable] = lambda row: row.setup,
+        every_s: float = 0.0,
+    ) -> None:
+        self.path, self.rows = path, []
+        self.ceilings: Ceilings | None = None
+        self._key, self._every_s, self._append = key, every_s, append
         self._added: list = []
+        self._unwritten = False
+        self._written_at: float | None = None
         if append:
             if path is None:
                 raise EvalError("--append keeps the rows of a file; name it with --json")
-            self._read(path, row_type)
+            self._check(path, row_type)
 
-    def _read(self, path: Path, row_type: type) -> None:
+    def _check(self, path: Path, row_type: type) -> None:
         from rowint8.eval.results.environment import describe_environment
-        from rowint8.eval.results.files import read_results
 
-        earlier = read_results(path)
+        earlier = self._earlier()
+        if earlier is None:
+            return
         if not isinstance(earlier.rows[0], row_type):
             raise EvalError(f"{path} holds rows of kind {earlier.rows[0].kind}, which this command does not write")
         if changed := _differences(earlier.environment, describe_environment()):
             raise EvalError(f"{path} was measured elsewhere, so nothing is appended: {changed}")
-        self._earlier, self._after = earlier.rows, earlier.command
+
+    def _earlier(self) -> "Results | None":
+        """What the file holds now; None where nothing is kept of it or there is none."""
+        from rowint8.eval.results.files import read_results
+
+        return read_results(self.path) if self._append and self.path is not None and self.path.exists() else None
 
     def add(self, rows: Collection) -> None:
-        """Adds rows and writes the file anew."""
+        """Adds rows, and writes the file anew once it is time."""
         self._added += rows
-        replaced = {row.setup for row in self._added}
-        places = {setup: place for place, setup in enumerate(dict.fromkeys(row.setup for row in self._earlier))}
-        kept = [row for row in self._earlier if row.setup not in replaced]
-        self.rows = sorted([*kept, *self._added], key=lambda row: places.get(row.setup, len(places)))
-        if self.path is not None and rows:
-            save(self.path, self.rows, after=self._after)
+        self._unwritten |= bool(rows)
+        if self._written_at is None or time.monotonic() - self._written_at >= self._every_s:
+            self._write()
+
+    def _write(self) -> None:
+        with _alone(self.path) if self._append and self.path else nullcontext():
+            earlier = self._earlier()
+            self.rows = self._merged(earlier.rows if earlier else ())
+            if self.path is not None and self._unwritten:
+                ceilings = self.ceilings or (earlier.ceilings if earlier else None)
+                save(self.path, self.rows, ceilings, self._command(self.path, earlier))
+                self._unwritten, self._written_at = False, time.monotonic()
+
+    def _command(self, path: Path, earlier: "Results | None") -> str:
+        if earlier is None:
+            return _command_line(path)
+        ours_is_there = self._written_at is not None
+        return earlier.command if ours_is_there else f"{earlier.command} && {_command_line(path)}"
+
+    def _merged(self, earlier: Sequence) -> list:
+        replaced = {self._key(row) for row in self._added}
+        places = {key: place for place, key in enumerate(dict.fromkeys(map(self._key, earlier)))}
+        kept = [row for row in earlier if self._key(row) not in replaced]
+        return sorted([*kept, *self._added], key=lambda row: places.get(self._key(row), len(places)))
 
     def measure(self, setups: Sequence[str], run: Callable[[str], Iterable]) -> list[str]:
         """Adds the rows of each setup as they come; the setups that failed, and why is said."""
@@ -155,7 +205,9 @@ class Kept:
         return failed
 
     def close(self) -> None:
-        """Says where the rows are."""
+        """Writes what waits, and says where the rows are."""
+        if self._unwritten:
+            self._write()
         if self.path is not None and self.rows:
             say(f"wrote {self.path}")
 
@@ -170,6 +222,17 @@ class Kept:
         self.close()
         if failed:
             raise EvalError(f"failed: {', '.join(failed)}; why is said above")
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Lets one process of this machine at a time read, change and write a file."""
+    import fcntl
+
+    name = hashlib.sha256(os.path.realpath(path).encode(errors="surrogateescape")).hexdigest()[:16]
+    with open(Path(tempfile.gettempdir()) / f"rowint8-{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _differences(one: "Environment", other: "Environment") -> str:

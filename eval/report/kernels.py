@@ -4,20 +4,15 @@ from collections.abc import Mapping, Sequence
 
 from rowint8.eval.markdown import TBD, folded, number, table
 from rowint8.eval.results.files import Results
-from rowint8.eval.results.roofline import best_peer, bytes_moved, limit_us, operations
+from rowint8.eval.results.roofline import EVEN, best_peer, bytes_moved, limit_us, misses, operations, ratio
 from rowint8.eval.results.schema import Ceilings, KernelRow
 from rowint8.eval.tables import Table
 
-EVEN = 0.02
-"""Ratios this near to 1 count as even."""
 README_TOKENS = (1, 4, 16, 64, 128, 256, 512, 2048, 8192)
 _INT8 = ("marlin", "machete", "gemlite", "humming")
-
-
-def ratio(row: KernelRow) -> float | None:
-    """Our time / the best peer's: below 1 ours is faster."""
-    best = best_peer(row)
-    return row.us["rowint8"] / row.us[best] if best else None
+_MOST_LOST = 30
+"""Lost cells that a sentence can name; of more the worst are told."""
+_WORST = 10
 
 
 def short_table(results: Results[KernelRow] | None) -> str:
@@ -77,18 +72,58 @@ def _others(results: Results[KernelRow]) -> list[str]:
 
 def lost_cells(rows: Sequence[KernelRow], before: str, between: str) -> str:
     """The cells where rowint8 is slower, with their ratios; `before` and `between` the operators and shapes."""
-    lost: dict[str, list[str]] = {}
-    for row in rows:
-        if (value := ratio(row)) and value > 1 + EVEN:
-            lost.setdefault(f"{row.op} {row.shape}", []).append(f"{row.M} ({value:.2f})")
-    named = between.join(f"{name} at {', '.join(cells)}" for name, cells in lost.items())
-    return f"Slower than the best other by more than {EVEN:.0%} (ratio):{before}{named or 'nowhere'}."
+    lost = [(row, value) for row in rows if (value := ratio(row)) and value > 1 + EVEN]
+    told = sorted(lost, key=lambda cell: -cell[1])[:_WORST] if len(lost) > _MOST_LOST else lost
+    named: dict[str, list[str]] = {}
+    for row, value in told:
+        named.setdefault(f"{row.op} {row.shape}", []).append(f"{row.M} ({value:.2f})")
+    cells = between.join(f"{name} at {', '.join(cells)}" for name, cells in named.items())
+    which = f" in {len(lost)} cells, of which the worst are" if len(told) < len(lost) else ""
+    return f"Slower than the best other by more than {EVEN:.0%} (ratio){which}:{before}{cells or 'nowhere'}."
+
+
+def misses_line(rows: Sequence[KernelRow]) -> str:
+    """How many cells are certainly slower than cuBLAS, and than the best of all."""
+    kinds = {"cuBLAS": ("cublas",), "the best other INT8 kernel": _INT8, "the best other": ("",)}
+    parts = []
+    for name, prefixes in kinds.items():
+        beside = [row for row in rows if best_peer(row, prefixes)]
+        parts.append(f"{name} in {sum(misses(row, prefixes) for row in beside)} of {len(beside)} cells")
+    where = "lower end of the ratio's 95% interval" if any(row.paired for row in rows) else "ratio"
+    return f"Slower, with the {where} above {1 + EVEN:.2f}, than {', '.join(parts)}."
+
+
+def worst_table(rows: Sequence[KernelRow]) -> Table:
+    """The cells with the highest ratios to the best other, and how many miss."""
+    beside = sorted((row for row in rows if ratio(row)), key=lambda row: -(ratio(row) or 0.0))[:_WORST]
+    return Table(
+        ["cell", "M", "rowint8", "best other", "ratio", "95% interval", "MHz"],
+        [_worst_cells(row) for row in beside],
+        title=f"The {len(beside)} worst cells",
+        note=misses_line(rows),
+    )
+
+
+def _worst_cells(row: KernelRow) -> list[str]:
+    best = best_peer(row) or ""
+    paired = row.paired[best] if row.paired else None
+    return [
+        f"{row.op} {row.shape}",
+        str(row.M),
+        f"{row.us['rowint8']:.1f}",
+        _fastest(row),
+        number(ratio(row), 3),
+        f"{paired.low:.3f} to {paired.high:.3f}" if paired else "",
+        "{} to {}".format(*row.sm_mhz) if row.sm_mhz else "",
+    ]
 
 
 def kernel_section(results: Results[KernelRow]) -> str:
-    """Where it is slower, and a folded table of all cells."""
-    cells = folded(f"All {len(results.rows)} cells", _all_cells(results.rows, results.ceilings))
-    return "\n\n".join([conditions(results), lost_cells(results.rows, "\n- ", "\n- "), cells])
+    """Where it is slower, the worst cells, and a folded table of all."""
+    rows = results.rows
+    cells = folded(f"All {len(rows)} cells", _all_cells(rows, results.ceilings))
+    worst = folded(f"The worst {_WORST} cells", f"{worst_table(rows).markdown()}\n{misses_line(rows)}\n")
+    return "\n\n".join([conditions(results), lost_cells(rows, "\n- ", "\n- "), worst, cells])
 
 
 def _all_cells(rows: Sequence[KernelRow], ceilings: Ceilings | None) -> str:

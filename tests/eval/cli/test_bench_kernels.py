@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rowint8.eval.cli import kernels
+from rowint8.eval.kernels.shapes import EVERY_COUNT
 from rowint8.eval.results.files import read_results
 from tests.eval.cli.test_app import rowint8
 from tests.eval.results.test_roofline import CEILINGS, LINEAR
@@ -18,14 +20,54 @@ def test_timing_without_a_gpu_is_one_line(tmp_path):
     assert not (tmp_path / "k.json").exists()
 
 
-def test_rows_are_kept_as_they_come(tmp_path, monkeypatch):
-    from rowint8.eval.cli import kernels
+class Bench:
+    """Instead of one that needs a GPU."""
 
+    def __init__(self, *given):
+        pass
+
+    def rows(self, shapes, tokens):
+        for shape in shapes:
+            yield from (replace(LINEAR, shape=shape.name, M=m) for m in tokens)
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The command with rows that cost nothing."""
+    monkeypatch.setattr(kernels, "_require_gpu", lambda what: None)
+    monkeypatch.setattr("rowint8.eval.kernels.bench.KernelBench", Bench)
+    monkeypatch.setattr("rowint8.eval.kernels.timing.measure_ceilings", lambda: CEILINGS)
     monkeypatch.setattr("sys.argv", ["rowint8", "bench", "kernels"])
+    return kernels.bench_kernels
+
+
+def test_rows_are_kept_as_they_come(tmp_path, monkeypatch, bench):
     path = tmp_path / "k.json"
-    rows = []
-    for m in (1, 2, 4):
-        rows.append(replace(LINEAR, M=m))
-        kernels._keep(path, rows, CEILINGS)
-        assert [row.M for row in read_results(path).rows] == [row.M for row in rows]
+    found: list[list[int]] = []
+    monkeypatch.setattr(kernels, "_WRITE_EVERY_S", 0.0)
+
+    def rows(self, shapes, tokens):
+        for m in (1, 2, 4):
+            yield replace(LINEAR, M=m)
+            found.append([row.M for row in read_results(path).rows])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bench, "rows", rows)
+    with pytest.raises(KeyboardInterrupt):
+        bench("gate_up", json_file=path)
+    assert found == [[1], [1, 2], [1, 2, 4]]
     assert read_results(path).ceilings == CEILINGS
+
+
+def test_cells_are_appended_and_measured_anew_in_their_place(tmp_path, bench):
+    path = tmp_path / "k.json"
+    for shapes, tokens in (("gate_up", "1,2"), ("o", "2"), ("gate_up", "2,4")):
+        bench(shapes, tokens, json_file=path, append=True)
+    cells = [("gate_up", 1), ("gate_up", 2), ("o", 2), ("gate_up", 4)]
+    assert [(row.shape, row.M) for row in read_results(path).rows] == cells
+
+
+def test_every_count_is_the_default(tmp_path, bench, capsys):
+    bench("o", json_file=tmp_path / "k.json")
+    assert tuple(row.M for row in read_results(tmp_path / "k.json").rows) == EVERY_COUNT
+    assert "The 10 worst cells" in capsys.readouterr().out

@@ -80,3 +80,29 @@ def test_the_command_tells_no_places_of_this_machine(tmp_path, monkeypatch):
     save(file, [row("bf16")])
     told = "rowint8 quality --data data --model models/small --text=book.txt --limit=5 --json serve.json"
     assert read_results(file).command == told
+
+
+def test_two_processes_append_to_one_file_at_the_same_time(tmp_path):
+    path = tmp_path / "serve.json"
+    both = [Kept(path, ServeRow, True), Kept(path, ServeRow, True)]
+    for tok_s in (5.0, 6.0):
+        for name, kept in zip(("bf16", "fp8"), both, strict=True):
+            kept.add([row(name, tok_s)])
+    results = read_results(path)
+    assert sorted((each.setup, each.tok_s) for each in results.rows) == [
+        ("bf16", 5.0),
+        ("bf16", 6.0),
+        ("fp8", 5.0),
+        ("fp8", 6.0),
+    ]
+    assert results.command.count(" && ") == 1, "each command once"
+
+
+def test_rows_that_come_quickly_are_written_together(tmp_path):
+    path = tmp_path / "serve.json"
+    kept = Kept(path, ServeRow, False, every_s=60)
+    for name in ("bf16", "fp8", "rowint8"):
+        kept.add([row(name)])
+    assert [each.setup for each in read_results(path).rows] == ["bf16"]
+    kept.close()
+    assert [each.setup for each in read_results(path).rows] == ["bf16", "fp8", "rowint8"]

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from rowint8.eval.results.roofline import best_peer, limit_us
-from rowint8.eval.results.schema import Ceilings, KernelRow
+from rowint8.eval.results.roofline import best_peer, limit_us, misses, ratio
+from rowint8.eval.results.schema import Ceilings, ChainRow, KernelRow, Ratio
 
 CEILINGS = Ceilings(read_tb_s=2.0, bf16_tflop_s=500.0)
 LINEAR = KernelRow(
@@ -27,6 +27,18 @@ NORM = KernelRow(
     spread=dict(rowint8=0.0, vllm=0.0),
 )
 
+CHAIN = ChainRow(
+    chain="rowint8",
+    kernels="ours",
+    model="llama-3.1-8b",
+    layers=32,
+    M=128,
+    us=4000.0,
+    spread=0.01,
+    ratio=Ratio(value=0.78, low=0.77, high=0.79),
+    alone_us={"qkv": 17.0, "o": 12.0, "gate_up": 50.0, "down": 31.0, "norm": 4.0},
+)
+
 
 def test_limit_is_reading_or_computing():
     moved = 28672 * 4096 + 2 * 28672 + 2 * 4096
@@ -40,3 +52,23 @@ def test_the_best_peer_is_the_fastest_that_is_not_ours():
     assert best_peer(LINEAR) == "machete"
     assert best_peer(replace(LINEAR, us=dict(rowint8=1.0, unfused=1.5, cublas_bf16=2.0))) == "cublas_bf16"
     assert best_peer(replace(LINEAR, us=dict(rowint8=1.0))) is None
+
+
+def test_a_miss_is_an_interval_above_what_is_even():
+    sure, unsure = Ratio(value=1.05, low=1.03, high=1.06), Ratio(value=1.05, low=1.0, high=1.1)
+    paired = dict(cublas_bf16=Ratio(value=0.5, low=0.4, high=0.6))
+    for found, missed in ((sure, True), (unsure, False)):
+        row = replace(LINEAR, paired=paired | dict(machete=found))
+        assert ratio(row) == 1.05
+        assert misses(row) is missed
+        assert not misses(row, ("cublas",))
+    assert not misses(LINEAR)
+    assert misses(replace(LINEAR, us=dict(rowint8=80.0, machete=78.0))), "an older file is judged by the ratio"
+    assert not misses(replace(LINEAR, us=dict(rowint8=80.0)))
+
+
+def test_products_in_a_chain_are_what_the_norms_and_activations_leave():
+    assert CHAIN.products_alone_us == 32 * (17 + 12 + 50 + 31)
+    assert CHAIN.products_us == 4000 - 32 * 2 * 4
+    alone = CHAIN.alone_us | {"activation": 5.0}
+    assert replace(CHAIN, alone_us=alone).products_us == 4000 - 32 * (2 * 4 + 5)
