@@ -91,9 +91,7 @@ def test_the_line_gives_bytes_before_and_after_and_what_is_fused():
     passes, packed = {}, {"gate_up": ["gate", "up"]}
     config = SimpleNamespace(
         model_config=SimpleNamespace(dtype=torch.bfloat16),
-        quant_config=SimpleNamespace(
-            fuse_swiglu=True, fuse_norm=False, packed_modules_mapping={"gate_up": ["gate", "up"]}
-        ),
+        quant_config=SimpleNamespace(fuse_swiglu=True, fuse_norm=False, packed_modules_mapping=packed),
         compilation_config=SimpleNamespace(mode=CompilationMode.VLLM_COMPILE, inductor_compile_config=passes),
         lora_config=None,
         kernel_config=SimpleNamespace(),
