@@ -1,8 +1,8 @@
 """Which layers of a model become INT8: those that vLLM builds quantized, less those that the user names.
 
-transformers says which linear layers a config describes. vLLM does not build all of them quantized: not state space
-mixers, routers, projections of images and sound, nor some that few models have. So only the layers of attention and MLP
-under their usual names are taken; the others stay as they are.
+transformers says which linear layers a config describes. vLLM builds some of them unquantized, and would not load INT8
+into them: what chooses among experts, the state space mixers of the first Mamba, all that reads images and sound. They
+stay as they are.
 """
 
 import difflib
@@ -21,11 +21,7 @@ from rowint8.eval.errors import EvalError
 MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that engines merge into one, and that must therefore be quantized or not together."""
 
-_ATTENTION = "q_proj|k_proj|v_proj|o_proj|out_proj|qkv_proj|dense|query_key_value|Wqkv|c_attn|c_proj"
-_MLP = "gate_proj|up_proj|down_proj|gate_up_proj|fc1|fc2|fc_in|fc_out|dense_h_to_4h|dense_4h_to_h|c_fc|c_proj"
-_QUANTIZED = re.compile(
-    rf"(.*\.)?(self_attn|attn|attention|self_attention)\.({_ATTENTION})|(.*\.)?(mlp|ffn|feed_forward|layers\.\d+)\.({_MLP})"
-)
+_UNQUANTIZED = re.compile(r"(.*\.)?(gate|router|classifier|shared_expert_gate)")
 _OTHER_SENSES = re.compile(r"vision|visual|image|img|audio|speech|embed")
 _MATCH_SECONDS = 2
 
@@ -37,12 +33,14 @@ def linear_layers(model: Any) -> tuple[frozenset[str], frozenset[str]]:
     """
     head, decoder = model.get_output_embeddings(), set(model.get_decoder().modules())
     linears = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear) and part is not head}
-    taken = {
-        name
-        for name, part in linears.items()
-        if part in decoder and _QUANTIZED.fullmatch(name) and not _OTHER_SENSES.search(name)
-    }
+    taken = {name for name, part in linears.items() if part in decoder and _is_quantized(name, linears)}
     return frozenset(taken), frozenset(linears.keys() - taken)
+
+
+def _is_quantized(name: str, linears: Collection[str]) -> bool:
+    """Whether vLLM builds a linear layer of a decoder quantized. The first Mamba's mixer is known by its dt_proj."""
+    in_first_mamba = f"{name.rpartition('.')[0]}.dt_proj" in linears
+    return not (in_first_mamba or _UNQUANTIZED.fullmatch(name) or _OTHER_SENSES.search(name))
 
 
 def ignored_layers(layers: Collection[str], ignore: Sequence[str]) -> frozenset[str]:

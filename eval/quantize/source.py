@@ -87,9 +87,9 @@ def open_source(folder: Path, trust_remote_code: bool = False) -> Source:
     header = {name: headers[path][name] for name, path in places.items()}
     _check_experts(folder, header)
     _check_values(folder / "config.json", config, len(header))
-    model = _meta_model(folder, trust_remote_code)
-    layers, others = linear_layers(model)
+    model, layers, others = _described(folder, trust_remote_code)
     _check_tensors(folder, model, layers, header)
+    _check_complete(folder, model, header)
     shards = {path: tuple(name for name in names if places[name] == path) for path, names in headers.items()}
     return Source(folder, config, shards, layers, others, trust_remote_code)
 
@@ -186,8 +186,8 @@ def _most(key: str, tensors: int) -> float:
     return _MOST_OF_ANYTHING if key.startswith("num_") else math.inf
 
 
-def _meta_model(folder: Path, trust_remote_code: bool) -> Any:
-    """transformers' model of the config in a folder, without memory.
+def _described(folder: Path, trust_remote_code: bool) -> tuple[Any, frozenset[str], frozenset[str]]:
+    """transformers' model of the config in a folder, without memory, and its `linear_layers`.
 
     Raises:
         EvalError: transformers knows no causal language model of that config.
@@ -199,7 +199,8 @@ def _meta_model(folder: Path, trust_remote_code: bool) -> Any:
     try:
         with time_limit(_BUILD_SECONDS), torch.device("meta"):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return model, *linear_layers(model)
     except Exception as error:  # a config may hold anything, and each model fails at it in its own way
         reason = str(error) or type(error).__name__
     if "trust_remote_code" in reason:
@@ -207,24 +208,29 @@ def _meta_model(folder: Path, trust_remote_code: bool) -> Any:
     raise EvalError(f"{folder}: transformers has no causal language model for it: {one_line(reason)[:200]}")
 
 
-def _check_tensors(folder: Path, model: Any, layers: Collection[str], header: Header) -> None:
-    """The files hold what the model has, and nothing stands where a quantized layer's scales will."""
-    if not layers:
-        raise EvalError(f"{folder}: the model has no linear layers that INT8 is for; those are of attention and MLP")
-    names: dict[int, list[str]] = {}  # by parameter: a tied one has several names, and is stored under one at least
+def _check_complete(folder: Path, model: Any, header: Header) -> None:
+    """Every parameter of the model is in the files; a tied one has several names, and is there under one at least."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    names: dict[int, list[str]] = {}
     for name, parameter in parameters.items():
         names.setdefault(id(parameter), []).append(name)
-    missing = sorted(min(tied) for tied in names.values() if not header.keys() & set(tied))
+    missing = {id_: min(tied) for id_, tied in names.items() if not header.keys() & set(tied)}
+    head, unknown = model.get_output_embeddings(), header.keys() - parameters.keys()
+    if head is not None and tuple(head.weight.shape) in {header[name][0] for name in unknown}:
+        missing.pop(id(head.weight), None)  # the files of some families have another name for it
     if missing:
-        first = next((f"{layer}.weight" for layer in sorted(layers) if f"{layer}.weight" in missing), missing[0])
-        raise EvalError(
-            f"{folder}: {first} is missing ({len(missing)} tensors in all); only whole models can be quantized"
-        )
-    for name in parameters.keys() & header.keys():
-        (shape, dtype), wanted = header[name], tuple(parameters[name].shape)
-        if shape != wanted:
-            raise EvalError(f"{folder}: {name} has shape {list(shape)}; config.json asks for {list(wanted)}")
+        first, more = min(missing.values()), f" ({len(missing)} tensors in all)" if len(missing) > 1 else ""
+        raise EvalError(f"{folder}: {first} is missing{more}; only whole decoder models can be quantized")
+
+
+def _check_tensors(folder: Path, model: Any, layers: Collection[str], header: Header) -> None:
+    """Tensors have the shapes of the model, and nothing stands where a quantized layer's scales will."""
+    if not layers:
+        raise EvalError(f"{folder}: the model has no linear layers that vLLM takes as INT8")
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shape, dtype = header.get(name, (tuple(parameter.shape), _FLOATS[0]))
+        if shape != tuple(parameter.shape):
+            raise EvalError(f"{folder}: {name} has shape {list(shape)}; config.json asks for {list(parameter.shape)}")
         if dtype not in _FLOATS:
             raise EvalError(f"{folder}: {name} is {dtype}; accepted are {', '.join(_FLOATS)}")
     taken = sorted(f"{layer}{end}" for layer in layers for end in _ADDED if f"{layer}{end}" in header)

@@ -1,7 +1,7 @@
 """A checkpoint of `rowint8 quantize` in the real vLLM: found without a flag, the same as quantizing while loading."""
 
 import pytest
-from transformers import Qwen2Config
+from transformers import GPTBigCodeConfig, Phi3Config, Qwen2Config
 
 from rowint8.eval.quantize import checkpoint as job
 from rowint8.eval.quantize.source import open_source
@@ -22,3 +22,22 @@ def test_stored_equals_online_bit_for_bit(driver, tmp_path):
     assert driver.works(tmp_path / "int8", llm=WITHOUT_FLAG) == online
     plain = driver.works(model, llm=WITHOUT_FLAG)
     assert plain["logprobs"] != online["logprobs"], "unquantized weights must be seen in the logprobs"
+
+
+MERGED_IN_THE_FILES = {
+    "phi3 (no bias)": (Phi3Config, {"pad_token_id": 0}),
+    "gpt-bigcode (one key head, biases)": (
+        GPTBigCodeConfig,
+        {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MERGED_IN_THE_FILES)
+def test_parts_that_the_checkpoint_holds_as_one_tensor(driver, tmp_path, case):
+    """vLLM cuts such a weight, and its scale, and loads the parts in turn."""
+    config_class, shape = MERGED_IN_THE_FILES[case]
+    model = make_tiny(tmp_path / "model", config_class, **shape)
+    source = open_source(model)
+    job.write_checkpoint(source, tmp_path / "int8", "rowint8", (), job.round_to_nearest(source.layers))
+    assert driver.works(tmp_path / "int8", llm=WITHOUT_FLAG) == driver.works(model)
