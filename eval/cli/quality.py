@@ -14,7 +14,7 @@ from rowint8.eval.errors import EvalError
 Model = Annotated[Path, typer.Option(help="A model folder.")]
 Dtype = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(help="Of the arithmetic: bfloat16, float16 or float32. Default: bfloat16 on a GPU, else float32."),
+    typer.Option(help="Arithmetic in bfloat16, float16 or float32. Default: bfloat16 on a GPU, else float32."),
 ]
 Backends = Annotated[
     str, typer.Option(help="What runs the model, with commas between; the others are compared with the first.")

@@ -19,7 +19,7 @@ def run(
     Args:
         model: the name of an lm-eval backend ("vllm", "hf", "baseline", ...) or an instance of one.
         model_args: what that backend's constructor takes.
-        tasks: see `lm_eval_tasks.resolve`.
+        tasks: see `tasks.resolve`.
         limit: only this many documents of each task, from the start; None for all.
         output: a folder for lm-eval's own JSON and samples.
 
@@ -49,11 +49,15 @@ def run(
         evaluation_tracker=tracker,
     )
     measured = {task: _measured(found, task) for task in found["samples"]}
-    samples = found.pop("samples")
+    _save(tracker, found, found.pop("samples"))
+    return {"table": make_table(found), "tasks": measured}
+
+
+def _save(tracker: Any, found: dict[str, Any], samples: dict[str, Any]) -> None:
+    """Writes lm-eval's own JSON and samples where the tracker keeps them."""
     tracker.save_results_aggregated(results=found, samples=samples)
     for task, logged in samples.items():
         tracker.save_results_samples(task_name=task, samples=logged)
-    return {"table": make_table(found), "tasks": measured}
 
 
 def _measured(found: dict[str, Any], task: str) -> dict[str, Any]:
