@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import rich.table
 from rich import box
+from rich.markup import escape
 
 from rowint8.eval import markdown
 
@@ -41,14 +42,15 @@ class Table:
     def __rich__(self) -> rich.table.Table:
         """What a rich console prints. Numbers are right-aligned; a cell of several is never broken over lines."""
         headings, *lines = self._shown([column if isinstance(column, str) else column.short for column in self.columns])
-        table = rich.table.Table(title=self.title, caption=self.note, box=box.SIMPLE_HEAD, padding=0)
+        table = rich.table.Table(title=escape(self.title), caption=escape(self.note), box=box.SIMPLE_HEAD, padding=0)
         for index, heading in enumerate(headings):
             if index < self.words:
                 table.add_column(heading, overflow="fold")
             else:
                 table.add_column(heading, justify="right", no_wrap=any(" " in line[index] for line in lines))
         for line, after in zip(lines, [*lines[1:], None], strict=True):
-            table.add_row(*line, end_section=self.grouped and after is not None and after[0] not in ("", line[0]))
+            ends = self.grouped and after is not None and after[0] not in ("", line[0])
+            table.add_row(*map(escape, line), end_section=ends)
         return table
 
     def _shown(self, headings: list[str]) -> list[list[str]]:

@@ -10,7 +10,7 @@ from vllm.logger import init_logger
 logger = init_logger(f"vllm.{__name__}")
 
 OLDEST, NEWEST = "0.26", "0.33"
-"""Of the versions that the plugin is tested with."""
+"""The versions of vLLM between which the plugin is tested, both included."""
 
 try:  # in vLLM versions whose CPU build has no router, a method for experts chooses them itself
     from vllm.model_executor.layers.fused_moe.cpu_fused_moe import (  # pyright: ignore[reportMissingImports]

@@ -26,7 +26,7 @@ NUM_WARMUPS = 8
 LIMITS = ("ttft", "tpot", "e2el")
 MOST_SECONDS = 86_400
 MOST_REQUESTS = 1_000_000
-"""Of one rate, as are MOST_SECONDS."""
+"""The largest number of requests of one rate, as MOST_SECONDS is the longest time."""
 
 
 @dataclass(frozen=True)

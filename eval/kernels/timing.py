@@ -27,7 +27,7 @@ Replay = Callable[[], float]
 
 ROUNDS = 12
 REPLAYS = 7
-"""Of a graph on its own."""
+"""How often a graph on its own is replayed."""
 _COVERED = 0.95
 _SPIN_CYCLES = 200_000
 """About 0.1 ms."""

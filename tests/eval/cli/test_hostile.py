@@ -10,6 +10,8 @@ import time
 import pytest
 
 from rowint8.eval.cli import app as command
+from rowint8.eval.cli.output import out
+from rowint8.eval.tables import Table
 from tests.eval.cli.test_app import rowint8
 
 LONG = "n" * 300
@@ -160,3 +162,8 @@ def test_wrong_usage_of_any_bytes_is_no_traceback():
         done = rowint8(argument)
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
+
+
+def test_names_in_tables_are_no_markup(capsys):
+    out.print(Table(["setup", "n"], [[f"a{MARKUP}b", "[1]"]], title=f"of {MARKUP}", note=MARKUP))
+    assert capsys.readouterr().out.count(MARKUP) == 3
