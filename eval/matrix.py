@@ -22,8 +22,10 @@ MEASUREMENTS = {
     "kernels-norm": "bench kernels --peers --shapes h4096",
     "kernels-compile": "bench kernels --compile --shapes gate_up,h4096",
     "kernels-fp16": "bench kernels --dtype float16",
-    "kernels-models": "bench kernels --shapes lm_head,llama-3.1-70b-tp8,qwen2.5-1.5b,qwen2.5-0.5b",
+    "kernels-models": "bench kernels --shapes lm_head,llama-3.1-70b-tp8,qwen2.5-7b,gemma-2-9b,qwen2.5-1.5b,"
+    "qwen2.5-0.5b",
     "kernels-humming": "bench kernels --humming --shapes qkv,o,gate_up,down --tokens 1,16,64,256",
+    "chain": "bench chain",
     "engine": "bench engine --sequences 256",
     "vllm": "bench vllm",
     "serve": "bench serve --rates 12,24 --goodput ttft:200,tpot:20",

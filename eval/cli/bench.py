@@ -5,7 +5,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from rowint8.eval.cli.kernels import bench_kernels
+from rowint8.eval.cli.kernels import bench_chain, bench_kernels
 from rowint8.eval.cli.options import Config, Eager, Layers, Model, Repeats, Sequences, TensorParallelSize, Workloads
 from rowint8.eval.cli.output import Append, Json, Kept, say, warn_if_busy
 from rowint8.eval.engines import speed
@@ -14,6 +14,7 @@ from rowint8.eval.errors import EvalError
 
 bench = typer.Typer(help="Measure speed.", no_args_is_help=True)
 bench.command("kernels")(bench_kernels)
+bench.command("chain")(bench_chain)
 
 
 @bench.command("vllm")

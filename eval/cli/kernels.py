@@ -13,6 +13,7 @@ from rowint8.baseline_engine.progress import progress_bar
 from rowint8.eval.cli.output import Json, Kept, err, out, say, write
 from rowint8.eval.errors import EvalError
 from rowint8.eval.kernels.shapes import (
+    CHAIN_COUNTS,
     EVERY_COUNT,
     FEW_COUNTS,
     SHAPES,
@@ -20,7 +21,7 @@ from rowint8.eval.kernels.shapes import (
     parse_tokens,
     select_shapes,
 )
-from rowint8.eval.models import DEFAULT_MODEL
+from rowint8.eval.models import DEFAULT_MODEL, MODELS
 
 if TYPE_CHECKING:
     from rowint8.eval.kernels.tune import Choice, Job
@@ -65,6 +66,11 @@ AppendCells = Annotated[
 Compile = Annotated[
     bool, typer.Option("--compile", help="Also the operators in plain torch, eager and by torch.compile.")
 ]
+ChainTokens = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--tokens", help=f"Comma-separated. Default: {','.join(map(str, CHAIN_COUNTS))}."),
+]
+ChainLayers = Annotated[int, typer.Option("--layers", min=1, max=32, help=f"How many of {DEFAULT_MODEL}'s.")]
 ModelFolder = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option("--model", help="Instead the shapes of this model folder, on one GPU."),
@@ -119,6 +125,34 @@ def bench_kernels(
         kept.close()
     for table in (*kernel_tables(kept.rows, ceilings), worst_table(kept.rows)):
         out.print(table)
+
+
+def bench_chain(
+    tokens: ChainTokens = None,
+    layers: ChainLayers = MODELS[DEFAULT_MODEL]["num_hidden_layers"],
+    json_file: Json = None,
+    append: AppendCells = False,
+) -> None:
+    """Time the products and norms of a model's layers, attention left out, in one CUDA graph: rowint8 beside bf16, and
+    FP8, INT8 of both operands and Machete where vLLM is installed.
+
+    Example: rowint8 bench chain --tokens 1,32,128,1100 --json chain.json
+    """
+    counts = parse_tokens(tokens) if tokens else CHAIN_COUNTS
+    _require_gpu("chains are")
+    from rowint8.eval.kernels.chain import ChainBench
+    from rowint8.eval.report.chain import chain_table
+    from rowint8.eval.results.schema import ChainRow
+
+    kept = Kept(json_file, ChainRow, append, lambda row: (row.model, row.layers, row.M, row.chain))
+    try:
+        with err.status("weights") as status:
+            for row in ChainBench(say, layers).rows(counts):
+                kept.add([row])
+                status.update(f"{row.chain} M = {row.M}")
+    finally:
+        kept.close()
+    out.print(chain_table(kept.rows))
 
 
 def _require_gpu(what: str) -> None:

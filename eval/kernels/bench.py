@@ -257,7 +257,7 @@ class KernelBench:
         return torch.randn(*size, device=self._device, dtype=self._dtype)
 
 
-def check_agrees(out: Any, reference: Any) -> bool:
+def check_agrees(out: Any, reference: Any, within: float = _AGREE) -> bool:
     """True.
 
     Raises:
@@ -265,7 +265,7 @@ def check_agrees(out: Any, reference: Any) -> bool:
     """
     first, expected = (each[0] if isinstance(each, tuple) else each for each in (out, reference))
     error = float((first.float() - expected.float()).norm() / expected.float().norm())
-    if not error < _AGREE:
+    if not error < within:
         raise ValueError(f"it computes something else: relative difference {error:.3f}")
     return True
 

@@ -1,4 +1,4 @@
-"""Other 8-bit weight-only products on the same weights, and vLLM's small kernels, where they are installed.
+"""Other 8-bit products on the same weights, and vLLM's small kernels, where they are installed.
 
 Marlin, Machete and the small kernels are called as vLLM 0.26 calls them; elsewhere their signatures may differ.
 """
@@ -69,12 +69,41 @@ def humming(weight: Int8Weight, dtype: torch.dtype) -> Product:
     return lambda x: layer(x, tuning_config=get_heuristics_config(layer.humming_metas[""], shape_m=x.shape[0]))
 
 
+def fp8(weight: Int8Weight, dtype: torch.dtype) -> Product:
+    """vLLM's CUTLASS FP8, a scale a row and one a token; the rounding of the tokens is part of the product."""
+    from vllm import _custom_ops as ops
+
+    dense = dequantize(weight)
+    scale = dense.abs().amax(1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+    columns = (dense / scale).to(torch.float8_e4m3fn).t()
+
+    def product(x: Tensor) -> Tensor:
+        tokens, of_tokens = ops.scaled_fp8_quant(x, use_per_token_if_dynamic=True)
+        return ops.cutlass_scaled_mm(tokens, columns, of_tokens, scale, dtype)
+
+    return product
+
+
+def int8(weight: Int8Weight, dtype: torch.dtype) -> Product:
+    """As `fp8`, of the same INT8 values as ours, without other memory."""
+    from vllm import _custom_ops as ops
+
+    columns, scale = weight.values.t(), weight.scale.float()[:, None]
+
+    def product(x: Tensor) -> Tensor:
+        tokens, of_tokens, _ = ops.scaled_int8_quant(x)
+        return ops.cutlass_scaled_mm(tokens, columns, of_tokens, scale, dtype)
+
+    return product
+
+
 PEERS: dict[str, Callable[[Int8Weight, torch.dtype], Product]] = {
     "marlin": marlin,
     "machete": machete,
     "gemlite": gemlite,
     "humming": humming,
 }
+"""Those with weights alone in 8 bits."""
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from rowint8.eval.results.schema import (
     GIB,
     AgreementRow,
     Ceilings,
+    ChainRow,
     FidelityRow,
     Generation,
     KernelRow,
@@ -57,6 +58,8 @@ def read_ceilings(found: Mapping[str, Results]) -> dict[str, float]:
 def _problems(row, results: Results, read_tb_s: float | None) -> Iterator[str]:
     if isinstance(row, KernelRow):
         yield from _kernel(row, results.ceilings)
+    elif isinstance(row, ChainRow):
+        yield from _chain(row)
     elif isinstance(row, Generation):
         yield from _generation(row, read_tb_s)
     elif isinstance(row, ServeRow):
@@ -84,6 +87,13 @@ def _kernel(row: KernelRow, ceilings: Ceilings | None) -> Iterator[str]:
     for name, us in row.us.items():
         if us * _CEILING_SLACK < limit:
             yield f"{name} takes {us:.1f} us, less than the {limit:.1f} us that the card's ceilings allow"
+
+
+def _chain(row: ChainRow) -> Iterator[str]:
+    if row.ratio and not 1 / _RATIO < row.ratio.value < _RATIO:
+        yield f"{row.chain} takes {row.ratio.value:.2f} times bf16's time, which is not plausible"
+    if not 1 / _RATIO < row.products_us / row.products_alone_us < _RATIO:
+        yield f"the products take {row.products_us:.0f} us in the chain, but {row.products_alone_us:.0f} us alone"
 
 
 def _generation(row: Generation, read_tb_s: float | None) -> Iterator[str]:

@@ -11,6 +11,7 @@ from rowint8.eval.errors import EvalError
 from rowint8.eval.markdown import TBD, fill, folded, number, table
 from rowint8.eval.models import MODELS, embedding_bytes
 from rowint8.eval.plots import pictures
+from rowint8.eval.report.chain import chain_section
 from rowint8.eval.report.checks import check_all, read_ceilings
 from rowint8.eval.report.engine import engine_part
 from rowint8.eval.report.kernels import compiler_table, kernel_section, limits, short_table, tallies
@@ -23,6 +24,7 @@ from rowint8.eval.results.files import Results, read_results
 from rowint8.eval.results.schema import (
     GIB,
     AgreementRow,
+    ChainRow,
     EngineRow,
     FidelityRow,
     Generation,
@@ -116,6 +118,7 @@ def report(found: Found) -> str:
         "Serving under load": _serving(found),
         "Where a decode step's time goes": _chapters(found, ProfileRow, profile_section, "profile-h100"),
         "Kernels": "\n".join([tallies(kernels), _chapters(found, KernelRow, kernel_section, "kernels-h100")]),
+        "Layers without attention": _chapters(found, ChainRow, chain_section, "chain-h200"),
         "Memory": memory_section(read_ceilings(found)),
         "Quality": _quality(found),
         "Agreement of the two engines": _agreement(found),

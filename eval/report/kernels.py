@@ -22,7 +22,7 @@ def short_table(results: Results[KernelRow] | None) -> str:
     heading += ["SwiGLU: rowint8", "cuBLAS bf16 + SiLU", "best other INT8 + SiLU", "ratio"]
     lines = [[str(m), *_cells(rows.get(("linear", m))), *_cells(rows.get(("swiglu", m)))] for m in README_TOKENS]
     text = table(heading, lines)
-    return f"{conditions(results)}\n\n{text}\n{lost_cells(results.rows, ' ', '; ')}\n" if results else text
+    return f"{conditions(results)}\n\n{text}\n{lost_cells(results.rows, ' ', '; ', _MOST_LOST)}\n" if results else text
 
 
 def _cells(row: KernelRow | None) -> list[str]:
@@ -70,10 +70,14 @@ def _others(results: Results[KernelRow]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name not in ("rowint8", "unfused")]
 
 
-def lost_cells(rows: Sequence[KernelRow], before: str, between: str) -> str:
-    """The cells where rowint8 is slower, with their ratios; `before` and `between` the operators and shapes."""
+def lost_cells(rows: Sequence[KernelRow], before: str, between: str, most: int | None = None) -> str:
+    """The cells where rowint8 is slower, with their ratios; `before` and `between` the operators and shapes.
+
+    Args:
+        most: of more cells than that only the worst are named; None names all.
+    """
     lost = [(row, value) for row in rows if (value := ratio(row)) and value > 1 + EVEN]
-    told = sorted(lost, key=lambda cell: -cell[1])[:_WORST] if len(lost) > _MOST_LOST else lost
+    told = sorted(lost, key=lambda cell: -cell[1])[:_WORST] if most and len(lost) > most else lost
     named: dict[str, list[str]] = {}
     for row, value in told:
         named.setdefault(f"{row.op} {row.shape}", []).append(f"{row.M} ({value:.2f})")

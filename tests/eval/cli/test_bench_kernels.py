@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from rowint8.eval.cli import kernels
-from rowint8.eval.kernels.shapes import EVERY_COUNT
+from rowint8.eval.kernels.shapes import CHAIN_COUNTS, EVERY_COUNT
 from rowint8.eval.results.files import read_results
 from tests.eval.cli.test_app import rowint8
-from tests.eval.results.test_roofline import CEILINGS, LINEAR
+from tests.eval.results.test_roofline import CEILINGS, CHAIN, LINEAR
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
@@ -18,6 +18,14 @@ def test_timing_without_a_gpu_is_one_line(tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "rowint8: kernels are timed on a CUDA GPU; torch finds none here\n"
     assert not (tmp_path / "k.json").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+def test_a_chain_without_a_gpu_is_one_line(tmp_path):
+    done = rowint8("bench", "chain", "--json", tmp_path / "c.json")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "rowint8: chains are timed on a CUDA GPU; torch finds none here\n"
+    assert not (tmp_path / "c.json").exists()
 
 
 class Bench:
@@ -71,3 +79,22 @@ def test_every_count_is_the_default(tmp_path, bench, capsys):
     bench("o", json_file=tmp_path / "k.json")
     assert tuple(row.M for row in read_results(tmp_path / "k.json").rows) == EVERY_COUNT
     assert "The 10 worst cells" in capsys.readouterr().out
+
+
+def test_the_chain_command_keeps_and_shows_its_rows(tmp_path, monkeypatch, capsys):
+    class Chains:
+        def __init__(self, announce, layers):
+            assert layers == 32
+
+        def rows(self, tokens):
+            for m in tokens:
+                yield from (replace(CHAIN, M=m, chain="bf16", ratio=None), replace(CHAIN, M=m))
+
+    monkeypatch.setattr(kernels, "_require_gpu", lambda what: None)
+    monkeypatch.setattr("rowint8.eval.kernels.chain.ChainBench", Chains)
+    monkeypatch.setattr("sys.argv", ["rowint8", "bench", "chain"])
+    for tokens in (None, "1,9"):
+        kernels.bench_chain(tokens, json_file=tmp_path / "c.json", append=True)
+    rows = read_results(tmp_path / "c.json").rows
+    assert [row.M for row in rows] == [m for m in (*CHAIN_COUNTS, 9) for _ in range(2)]
+    assert "32 layers of llama-3.1-8b" in capsys.readouterr().out
