@@ -21,9 +21,9 @@ def _reader() -> Callable[[], int | None] | None:
 
     if not torch.cuda.is_available():
         return None
-    uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
     device, clock = ctypes.c_void_p(), ctypes.c_uint()
     try:
+        uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
         nvml = ctypes.CDLL(_LIBRARY)
         failed = nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(device))
     except (OSError, AttributeError):
