@@ -13,6 +13,7 @@ from rowint8.eval.quality import fidelity as job
 from rowint8.eval.quality import fidelity_setups as setups
 from rowint8.eval.quantize import checkpoint as quantize_checkpoint
 from rowint8.eval.quantize.source import open_source
+from rowint8.eval.quantize.text import read_text
 from rowint8.eval.results.files import read_results
 from rowint8.kernels.quantize import dequantize, quantize_rowwise
 
@@ -145,13 +146,13 @@ def test_rows_sum_up_the_tokens():
 
 def test_text_files(tmp_path):
     (tmp_path / "a.txt").write_text("plain\n")
-    assert job.read_text(tmp_path / "a.txt") == "plain\n"
+    assert read_text(tmp_path / "a.txt") == "plain\n"
     (tmp_path / "a.jsonl").write_text('{"page": "one "}\n{"text": "two"}\n')
-    assert job.read_text(tmp_path / "a.jsonl") == "one two"
+    assert read_text(tmp_path / "a.jsonl") == "one two"
     (tmp_path / "b.jsonl").write_text('{"other": 1}\n')
     for name in ("b.jsonl", "none.txt"):
         with pytest.raises(EvalError, match=f"cannot read .*{name}"):
-            job.read_text(tmp_path / name)
+            read_text(tmp_path / name)
 
 
 def test_the_command(smollm2, tmp_path):
