@@ -105,9 +105,8 @@ def start_transformers(arguments: dict[str, Any], dummy: bool) -> tuple[Generate
 
     folder, dtype = arguments["model"], getattr(torch, arguments["dtype"])
     if dummy:
-        model: Any = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(folder, trust_remote_code=False), dtype=dtype
-        ).eval()
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
     peak = PeakMemory(model.device)
