@@ -6,6 +6,7 @@ Read it in this order; a request passes through the files the same way (docs/eng
 
     engine        `Engine.generate`, and `Engine.step`, which is the whole story: schedule, launch, record
     request       one prompt on its way to becoming a completion
+    prompts       text, token ids or messages, checked
     tokenizer     text to token ids and back, piece by piece; stop strings
     scheduler     which tokens of which requests are computed next
     block_pool    which blocks of the KV cache are free, whose they are, and what can be shared

@@ -151,12 +151,11 @@ class TorchAttention:
         lengths = layout.seq_lens[:rows, None]
         places = torch.arange(tables.shape[1] * self._block_size, device=tables.device)
         mask = self._additive(_visible(lengths - 1, places, self._window))[:, None, None]
-        beyond = (places >= lengths)[:, :, None, None]  # may hold NaN, and a mask multiplies it by zero
 
         def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             # The query heads that share a key head are passed as so many queries of that head: each key is read once.
             grouped = queries.view(rows, keys.shape[2], -1, queries.shape[-1])
-            k, v = (_gather(cache, tables).masked_fill_(beyond, 0).transpose(1, 2) for cache in (keys, values))
+            k, v = (_gather(cache, tables).transpose(1, 2) for cache in (keys, values))
             return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(queries.shape)
 
         return attend

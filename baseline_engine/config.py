@@ -73,7 +73,7 @@ class EngineConfig(_Checked):
     """With mode graph: most tokens of a step with prompts that is replayed as a CUDA graph, where attention can be
     (FlashAttention 3). 0 launches the kernels of such steps one by one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of activations and unquantized weights; auto is the checkpoint's."""
+    """Activations and unquantized weights have it; auto is the checkpoint's."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one. CUDA_VISIBLE_DEVICES chooses among several."""
     max_seqs: Annotated[int, Interval(ge=1, le=2**16)] = 256
@@ -85,7 +85,7 @@ class EngineConfig(_Checked):
     cache_tokens: Annotated[int, Ge(1)] | None = None
     """Tokens that the KV cache holds. Default: on a GPU what memory_fraction leaves, on the CPU 16384."""
     memory_fraction: Annotated[float, Gt(0), Le(1)] = 0.9
-    """Of the GPU's memory, for weights, activations and KV cache together."""
+    """Share of the GPU's memory for weights, activations and KV cache together."""
     block_size: Annotated[int, Interval(ge=1, le=2**16)] = 16
     """Tokens in a block of the KV cache."""
     prefix_caching: bool = True
@@ -135,7 +135,7 @@ class SamplingParams(_Checked):
     """Logits of tokens seen so far, prompt included, are divided by it if positive, else multiplied; 1 is off
     (arXiv:1909.05858)."""
     seed: Annotated[int, Interval(ge=0, le=2**63 - 1)] | None = None
-    """Of the request's draws. The same seed, prompt and parameters give the same tokens. Default: a new one."""
+    """The same seed, prompt and parameters draw the same tokens. Default: a new seed for each request."""
     ignore_eos: bool = False
     """Go on to max_tokens whatever the model says; for measurements."""
     stop: tuple[Annotated[str, MinLen(1)], ...] = ()

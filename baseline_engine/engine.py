@@ -6,9 +6,8 @@ the host prepares step n + 1 while the device computes step n; a request that tu
 computed one token too many, which is dropped.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import Any
 
 import torch
 
@@ -19,14 +18,12 @@ from rowint8.baseline_engine.errors import EngineError, shown
 from rowint8.baseline_engine.metrics import PeakMemory, RunMetrics, StepTimes
 from rowint8.baseline_engine.model import Decoder
 from rowint8.baseline_engine.progress import progress_bar
+from rowint8.baseline_engine.prompts import Prompt, encode
 from rowint8.baseline_engine.request import Completion, Request, TokenEvent
 from rowint8.baseline_engine.runner import StepResult
 from rowint8.baseline_engine.sampler import NOT_FINITE, SamplingState
 from rowint8.baseline_engine.scheduler import Scheduler
 from rowint8.baseline_engine.tokenizer import TextOutput, Tokenizer
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
-"""Text, token ids, or the messages of a chat."""
 
 
 class Engine:
@@ -190,10 +187,7 @@ class Engine:
         try:
             self._run(requests, on_token)
         except BaseException:  # an interrupt, or what on_token raises
-            try:
-                self._abort(requests)
-            finally:
-                self._mend()  # a second interrupt
+            self._abandon(requests)
             raise
         wall = perf_counter() - start
         completions = [self.complete(request) for request in requests]
@@ -207,6 +201,12 @@ class Engine:
             steps=self.times,
         )
         return completions
+
+    def _abandon(self, requests: Sequence[Request]) -> None:
+        try:
+            self._abort(requests)
+        finally:
+            self._mend()  # where this was interrupted, too
 
     def _run(self, requests: Sequence[Request], on_token: Callable[[TokenEvent], None] | None) -> None:
         for request in requests:
@@ -249,9 +249,7 @@ class Engine:
             most = self.context - 1
             raise EngineError(f"prompt {index + 1} has {len(token_ids)} tokens; the context takes up to {most}")
         if params.stop and self.tokenizer is None:
-            raise EngineError(
-                f"{self.config.model} has no tokenizer files, which stop strings need; give stop_token_ids"
-            )
+            raise EngineError("the model has no tokenizer files, which stop strings need; give stop_token_ids")
         eos = () if params.ignore_eos else self.model_config.eos_token_ids
         return Request(
             index=index,
@@ -265,31 +263,8 @@ class Engine:
         )
 
     def encode(self, prompt: Prompt, *, chat: bool = False) -> list[int]:
-        """Token ids of a prompt; ids given as such are checked.
-
-        Raises:
-            EngineError: text without a tokenizer, `chat` without a template or with ids, an id outside the vocabulary.
-        """
-        if isinstance(prompt, str):
-            ids = self._text_encoder().encode_chat([_user(prompt)]) if chat else self._text_encoder().encode(prompt)
-        elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
-            raise EngineError(f"a prompt is {shown(prompt)}; give text, a list of token ids, or messages")
-        elif prompt and isinstance(prompt[0], Mapping):
-            ids = self._text_encoder().encode_chat(_messages(prompt))
-        elif chat:
-            raise EngineError("a chat message must be text; give the prompt as text, or leave chat out")
-        else:
-            ids: list[Any] = list(prompt)
-        vocabulary = self.model_config.vocab_size
-        for token_id in ids:
-            if type(token_id) is not int or not 0 <= token_id < vocabulary:
-                raise EngineError(f"prompt holds token id {shown(token_id)}; the vocabulary is 0 to {vocabulary - 1}")
-        return ids
-
-    def _text_encoder(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise EngineError(f"{self.config.model} has no tokenizer files; give the prompt as token ids")
-        return self.tokenizer
+        """Token ids of a prompt, checked; see `prompts.encode`."""
+        return encode(prompt, chat, self.tokenizer, self.model_config.vocab_size)
 
     def forget_prefixes(self) -> None:
         """Empties the prefix cache, so that the next prompts are computed in full."""
@@ -298,17 +273,6 @@ class Engine:
     def complete(self, request: Request) -> Completion:
         """What became of a request that has ended."""
         return request.completion()
-
-
-def _user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def _messages(prompt: Sequence[Any]) -> list[Mapping[str, str]]:
-    for message in prompt:
-        if not isinstance(message, Mapping) or not all(isinstance(part, str) for part in message.values()):
-            raise EngineError(f"a message is {shown(message)}; give a role and a content, both text")
-    return list(prompt)
 
 
 def explain_not_finite(dtype: torch.dtype) -> str:

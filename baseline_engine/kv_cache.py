@@ -1,15 +1,20 @@
 """Keys and values of the tokens seen so far, in blocks; which block is whose, `block_pool` knows."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from rowint8.baseline_engine.model_config import ModelConfig
+from rowint8.baseline_engine.transfer import to_device
 
 
 class KvCache:
     """[2, layers, blocks, block_size, kv heads, head_dim]: keys, then values.
 
-    What is in a block beyond its sequence's tokens may be anything, NaN of an earlier user included.
+    It starts as zeros, and so does every block of a sequence: what a mask hides is multiplied by zero, which must not
+    meet a NaN that an earlier user left.
     """
 
     def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device):
@@ -22,6 +27,10 @@ class KvCache:
         self.layers: list[tuple[Tensor, Tensor]] = list(
             zip(self.data[0].unbind(0), self.data[1].unbind(0), strict=True)
         )
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Makes the blocks zeros."""
+        self.data.index_fill_(2, to_device(blocks, self.data.device, np.int64), 0)
 
     @staticmethod
     def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:

@@ -27,7 +27,7 @@ class WeightFormat:
     """How linear weights are held and multiplied."""
 
     dtype: torch.dtype
-    """Of activations, and of every weight that is not INT8."""
+    """The dtype of activations, and of every weight that is not INT8."""
     device: torch.device
     int8: bool = False
     """Hold linear weights as INT8 rows (`rowint8.kernels`)."""

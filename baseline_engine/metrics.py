@@ -64,15 +64,15 @@ class StepTimes:
     seconds: dict[str, float] = field(default_factory=dict)
     """schedule, launch (packing and queueing; on the CPU the computation too), wait (for the device), record."""
     host: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
-    """Of each of the last calls of `Engine.step`, all but waiting."""
+    """Each of the last calls of `Engine.step`, without waiting for the device."""
     steps: int = 0
-    """That computed anything."""
+    """Steps that computed anything."""
     tokens: int = 0
-    """Computed, prompts included."""
+    """Tokens that were computed, prompts included."""
     slots: int = 0
     """Places for a token in the blocks that requests held, summed over steps."""
     filled: int = 0
-    """Of those, the ones that hold a token's key and value after the step."""
+    """Those of them that hold a token's key and value after the step."""
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
@@ -110,9 +110,9 @@ class RunMetrics:
     peak_mem: int
     weight_bytes: int
     load_seconds: float
-    """Of the engine: reading, and with INT8 quantizing, the weights."""
+    """Reading, and with INT8 quantizing, the weights."""
     compile_seconds: float
-    """Of the engine's start: compiling and capturing; in eager mode INT8 kernels only, on GPUs."""
+    """Compiling and capturing at the start; in eager mode INT8 kernels only, on GPUs."""
     steps: StepTimes = field(default_factory=StepTimes)
 
     @property

@@ -73,6 +73,7 @@ class ModelRunner:
     def launch(self, chunks: Sequence[Chunk]) -> StepResult:
         """Queues the step; its requests' `sampled_row` is set."""
         requests = [chunk.request for chunk in chunks if chunk.samples]
+        self._clear_begun_blocks(chunks)
         graph = self._graph_for(chunks)
         logits = graph.replay(chunks) if graph else self.compute(*self._inputs(chunks))
         if not requests:
@@ -92,7 +93,18 @@ class ModelRunner:
     @torch.inference_mode()
     def hidden(self, chunks: Sequence[Chunk]) -> Tensor:
         """Hidden states [T, hidden] of all tokens of a step that samples nothing; see `scoring`."""
+        self._clear_begun_blocks(chunks)
         return self._hidden(*self._inputs(chunks))
+
+    def _clear_begun_blocks(self, chunks: Sequence[Chunk]) -> None:
+        """Those that the step begins and does not fill, one a sequence at most."""
+        size, begun = self.cache.block_size, []
+        for request, first, count, _ in chunks:
+            block, used = divmod(first + count, size)
+            if used and block * size >= first:
+                begun.append(request.blocks[block])
+        if begun:
+            self.cache.clear(begun)
 
     def _inputs(self, chunks: Sequence[Chunk]) -> tuple[Batch, Layout]:
         packed, sizes = pack(chunks, self.cache.block_size)

@@ -11,8 +11,9 @@ import threading
 from collections.abc import AsyncIterator, Callable
 
 from rowint8.baseline_engine.config import SamplingParams
-from rowint8.baseline_engine.engine import Engine, Prompt
+from rowint8.baseline_engine.engine import Engine
 from rowint8.baseline_engine.errors import EngineError
+from rowint8.baseline_engine.prompts import Prompt
 from rowint8.baseline_engine.request import Request, TokenEvent
 
 Deliver = Callable[[TokenEvent | EngineError], None]
