@@ -328,6 +328,18 @@ def talking_folder(talker):
     return ["--model", talker.config.model, "--device", "cpu", "--max-tokens", "3"]
 
 
+def test_the_command_fails_where_a_request_did(tmp_path):
+    folder = write_tiny(tmp_path, vocab_size=300, max_shard_size="1GB")
+    write_tokenizer(folder, "fallback")
+    edit(folder, lambda tensors: tensors["model.layers.1.mlp.down_proj.weight"].mul_(3e38))
+    prompts = ["--prompt", "the", "--prompt", "world"]
+    result = CliRunner().invoke(app, ["--model", str(folder), "--device", "cpu", *prompts, "--json"])
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["finish_reasons"] == ["error", "error"]
+    assert "prompt 1: the model's logits are NaN or infinite in float32" in result.stderr
+    assert "(2 of 2 prompts failed)" in result.stderr
+
+
 def test_streams_that_are_closed_full_or_ascii(talking_folder):
     run = [*talking_folder, "--prompt", "the"]
     quoted = " ".join(map(repr, [*COMMAND, *run]))
