@@ -48,51 +48,62 @@ def _cuda() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
+class MapShape:
+    """What TMA descriptors of equal memory at different addresses have in common, in the driver's types."""
+
+    def __init__(
+        self, dtype: torch.dtype, shape: Sequence[int], strides: Sequence[int], block: Sequence[int], layout: Any
+    ) -> None:
+        self.dtype, self.shape, self.strides, self.block, self.layout = dtype, shape, strides, block, layout
+        rank = len(shape)
+        bytes_apart = [stride * dtype.itemsize for stride in strides[:-1]]
+        self._sizes = rank, (ctypes.c_uint64 * rank)(*shape[::-1]), (ctypes.c_uint64 * rank)(*bytes_apart[::-1])
+        self._steps = (ctypes.c_uint32 * rank)(*[1] * rank)
+        self._box: ctypes.Array | None = None
+
+    def encode(self, into: int, address: int, meta: dict[str, Any]) -> None:
+        """Writes the CUtensorMap of memory at an address. `meta` is Triton's: box and swizzle."""
+        rank, dims, strides = self._sizes
+        if self._box is None:
+            self._box = (ctypes.c_uint32 * rank)(*meta["block_size"][::-1])
+        kind, swizzle = _ELEMENTS[self.dtype], meta["swizzle"]
+        places = ctypes.c_void_p(into), kind, rank, ctypes.c_void_p(address)
+        form = dims, strides, self._box, self._steps, 0, swizzle, _L2_128_BYTES, 0
+        if status := _cuda().cuTensorMapEncodeTiled(*places, *form):
+            raise RuntimeError(f"rowint8: cuTensorMapEncodeTiled failed with CUDA error {status} for {self.shape}")
+
+
 class TensorMap:
     """A TMA descriptor of memory at an address, for Triton to compile with and for launches of our own.
 
     It does not keep the memory: it may be kept, and used again for whatever lies there later.
     """
 
-    def __init__(
-        self, address: int, dtype: torch.dtype, shape: Sequence[int], strides: Sequence[int], block: list, layout: Any
-    ) -> None:
-        self.dtype = dtype
-        self._address = address
-        self.descriptor = TensorDescriptor(self, list(shape), list(strides), block, layout)  # type: ignore[arg-type]
+    def __init__(self, address: int, shape: MapShape) -> None:
+        self._address, self._shape = address, shape
         self._encoded: ctypes.Array | None = None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The memory's, as a tensor has it: what Triton asks of a descriptor's base."""
+        return self._shape.dtype
+
     def data_ptr(self) -> int:
-        """The address, as of a tensor: what Triton asks of a descriptor's base."""
+        """The address, likewise."""
         return self._address
 
+    @property
+    def descriptor(self) -> TensorDescriptor:
+        """What Triton compiles a kernel with."""
+        of = self._shape
+        return TensorDescriptor(self, list(of.shape), list(of.strides), list(of.block), of.layout)  # type: ignore[arg-type]
+
     def encoded(self, meta: dict[str, Any]) -> int:
-        """Address of the CUtensorMap, made at the first call. `meta` is Triton's: box and swizzle."""
+        """Address of the CUtensorMap, made at the first call; see `MapShape.encode`."""
         if self._encoded is None:
             self._encoded = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
-            self._encode(meta)
+            self._shape.encode(_aligned(self._encoded), self._address, meta)
         return _aligned(self._encoded)
-
-    def _encode(self, meta: dict[str, Any]) -> None:
-        assert self._encoded is not None
-        shape, rank = self.descriptor.shape, len(self.descriptor.shape)
-        strides = [stride * self.dtype.itemsize for stride in self.descriptor.strides[:-1]]
-        status = _cuda().cuTensorMapEncodeTiled(
-            ctypes.c_void_p(_aligned(self._encoded)),
-            _ELEMENTS[self.dtype],
-            rank,
-            ctypes.c_void_p(self._address),
-            (ctypes.c_uint64 * rank)(*shape[::-1]),
-            (ctypes.c_uint64 * rank)(*strides[::-1]),
-            (ctypes.c_uint32 * rank)(*meta["block_size"][::-1]),
-            (ctypes.c_uint32 * rank)(*[1] * rank),
-            0,
-            meta["swizzle"],
-            _L2_128_BYTES,
-            0,
-        )
-        if status:
-            raise RuntimeError(f"rowint8: cuTensorMapEncodeTiled failed with CUDA error {status} for {self.descriptor}")
 
 
 def _aligned(buffer: ctypes.Array) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.runtime import driver
 
-from rowint8.kernels.driver import TensorMap
+from rowint8.kernels.driver import MapShape, TensorMap
 from rowint8.kernels.hopper.kernel import Config, hopper_kernel
 from rowint8.kernels.hopper.stream_k import FLAG
 from rowint8.kernels.launch import launch, traits
@@ -91,20 +91,26 @@ def _flags_of_streams(device: torch.device, block: int) -> Tensor:
 
 @lru_cache(_DESCRIPTORS)
 def _weight_map(address: int, n: int, k: int, block_k: int, fused: bool) -> TensorMap:
-    """Blocks of one consumer's rows; for SwiGLU eight gate rows and their eight up rows in turn: [I / 8, 2, 8, K]."""
-    if not fused:
-        return _map(address, torch.int8, (n, k), (k, 1), (CONSUMER_ROWS, block_k))
-    block = CONSUMER_ROWS // 16, 2, 8, block_k
-    return _map(address, torch.int8, (n // 16, 2, 8, k), (8 * k, n // 2 * k, k, 1), block)
+    return TensorMap(address, _weight_shape(n, k, block_k, fused))
 
 
 @lru_cache(_DESCRIPTORS)
 def _token_map(address: int, m: int, k: int, dtype: torch.dtype, rows: int, columns: int) -> TensorMap:
-    return _map(address, dtype, (m, k), (k, 1), (rows, columns))
+    return TensorMap(address, _shape(dtype, (m, k), (k, 1), (rows, columns)))
 
 
-def _map(address: int, dtype: torch.dtype, shape: tuple, strides: tuple, block: tuple) -> TensorMap:
-    return TensorMap(address, dtype, shape, strides, list(block), _layout(block, _GLUON_DTYPE[dtype]))
+@cache
+def _weight_shape(n: int, k: int, block_k: int, fused: bool) -> MapShape:
+    """Blocks of one consumer's rows; for SwiGLU eight gate rows and their eight up rows in turn: [I / 8, 2, 8, K]."""
+    if not fused:
+        return _shape(torch.int8, (n, k), (k, 1), (CONSUMER_ROWS, block_k))
+    block = CONSUMER_ROWS // 16, 2, 8, block_k
+    return _shape(torch.int8, (n // 16, 2, 8, k), (8 * k, n // 2 * k, k, 1), block)
+
+
+@lru_cache(_DESCRIPTORS)
+def _shape(dtype: torch.dtype, shape: tuple, strides: tuple, block: tuple) -> MapShape:
+    return MapShape(dtype, shape, strides, block, _layout(block, _GLUON_DTYPE[dtype]))
 
 
 @cache

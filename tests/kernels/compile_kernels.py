@@ -116,7 +116,8 @@ def _found_in(binary: bytes) -> dict[str, int]:
 
 
 def _loops_over_k(text: str) -> dict[str, int]:
-    """Loops with a wgmma, and instructions in them that move an address from threads to where wgmma wants it."""
+    """Loops with a wgmma, and instructions in them that move an address from threads to where wgmma wants it, or that
+    reach for what registers had no room for."""
     code = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", text)]
     loops = {}
     for end, instruction in code:
@@ -124,9 +125,10 @@ def _loops_over_k(text: str) -> dict[str, int]:
         if jump and (begin := int(jump[1], 16)) <= end:
             body = " ".join(what for at, what in code if begin <= at <= end)
             if "HGMMA" in body:
-                loops[begin, end] = body.count("R2UR")
-    inner = [count for a, count in loops.items() if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    return dict(loops_over_k=len(inner), fetched_addresses=sum(inner))
+                loops[begin, end] = body.count("R2UR"), body.count("LDL") + body.count("STL")
+    inner = [counts for a, counts in loops.items() if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    fetched, spilled = (sum(counts) for counts in zip(*inner, strict=True)) if inner else (0, 0)
+    return dict(loops_over_k=len(inner), fetched_addresses=fetched, spilled_in_loops=spilled)
 
 
 def write_code(folder: Path, launch: Launch) -> list[str]:

@@ -72,7 +72,7 @@ def cuda(monkeypatch):
 
 def weight_map(address: int = 4096) -> driver.TensorMap:
     layout = gl.NVMMASharedLayout(128, 8, 2)
-    return driver.TensorMap(address, torch.int8, (256, 512), (512, 1), [64, 128], layout)
+    return driver.TensorMap(address, driver.MapShape(torch.int8, (256, 512), (512, 1), (64, 128), layout))
 
 
 def test_a_launch_writes_addresses_and_numbers_where_the_kernel_reads_them(cuda):
@@ -102,6 +102,16 @@ def test_an_error_of_the_driver_is_raised(cuda):
     assert launcher is not None
     with pytest.raises(RuntimeError, match="CUDA error 719"):
         launcher((1, 1, 1), (weight_map(), torch.zeros(3), 5, 0.0, 1))
+
+
+def test_equal_memory_elsewhere_is_described_anew(cuda):
+    here = weight_map()
+    elsewhere = driver.TensorMap(8192, here._shape)
+    assert here.encoded(META) == here.encoded(META) != elsewhere.encoded(META)
+    assert [each[2] for each in cuda.encoded] == [4096, 8192]
+    assert cuda.encoded[0][3:] == cuda.encoded[1][3:]
+    assert here.descriptor.shape == [256, 512]
+    assert here.descriptor.base.data_ptr() == 4096
 
 
 @pytest.mark.parametrize(
