@@ -34,8 +34,8 @@ KNOWN_SPILLS = {
     ("sm100", "32x64x256 w4 s3"): 32,
     ("sm120", "256x128x64 w8 s2"): 168,
 }
-"""Card and tile to bytes of stack per thread. On sm90 they are reached for outside the loops over K only, and Triton 3.6
-needs none of them."""
+"""Card and tile to bytes of stack per thread. On sm90 they are reached for outside the loops over K only, and Triton
+3.6 needs none of them."""
 
 
 @pytest.fixture(scope="module")
