@@ -1,6 +1,6 @@
 """Measures both engines from outside, through their command lines and public APIs, and writes down what was found.
 
-The rooms, the ground floor first; each imports those before it only:
+The rooms, lowest first. Each imports only those before it:
 
     results    the form of every result file, and how it is read and written
     quantize   checkpoints with INT8 weights

@@ -1,7 +1,8 @@
 """The operators `rowint8::linear`, `rowint8::swiglu` and `rowint8::add_rms_norm`: all that the engines import.
 
-All are `torch.library` operators, so `torch.compile` puts them into a graph as they are. CUDA tensors run the Triton
-kernels; CPU tensors run ATen (`kernels/cpu.py`).
+All are `torch.library` operators, so `torch.compile` puts them into a graph as they are. CUDA tensors run the kernel
+that `dispatch` chooses, CPU tensors ATen (`cpu`). A new operator is an entry of `_OPERATORS`; a product is also one of
+`dispatch.OPERATORS`.
 """
 
 import math

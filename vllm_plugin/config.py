@@ -22,7 +22,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from rowint8.kernels.ops import ACTIVATION_DTYPES
 from rowint8.vllm_plugin import compat
-from rowint8.vllm_plugin.ignore import check_entries, matches, renamed
+from rowint8.vllm_plugin.ignore import check_entries, is_ignored, matches, renamed
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -105,9 +105,7 @@ class RowInt8Config(QuantizationConfig):
         return RowInt8LinearMethod(prefix, self.serialized, self.fuse_swiglu, self.fuse_norm)
 
     def _ignores(self, prefix: str) -> bool:
-        from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
-
-        return should_ignore_layer(prefix, ignore=self.ignore, fused_mapping=self.packed_modules_mapping)
+        return is_ignored(prefix, self.ignore, self.packed_modules_mapping)
 
     def _get_experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         from rowint8.vllm_plugin.moe import make_experts_method, why_unquantized

@@ -1,5 +1,4 @@
-"""Three moments at which vLLM calls nobody, and is made to call this plugin: a built model, a read
-file, a reload's end.
+"""Lets this plugin act when a model is built, when a checkpoint's files are read, and when a reload ends.
 
 vLLM checks that a checkpoint filled a model only where the model is not quantized, and a quantization method is asked
 about single layers only. So three functions of vLLM are wrapped, once in a process. Models that vLLM builds without

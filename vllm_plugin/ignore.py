@@ -1,7 +1,10 @@
-"""The option `ignore`: names of layers and `re:` patterns, which vLLM matches against its own names of them."""
+"""The option `ignore`: names of layers and `re:` patterns, matched against vLLM's names of the layers.
+
+`is_ignored` decides. `matches` says the same of one entry, for warnings of entries that mean no layer.
+"""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -21,6 +24,13 @@ def check_entries(ignore: list[str]) -> None:
             re.compile(entry.removeprefix("re:"))
         except re.error as error:
             raise ValueError(f"rowint8: ignore holds {entry!r}, not a regular expression: {error}") from error
+
+
+def is_ignored(prefix: str, ignore: list[str], packed: Mapping[str, list[str]]) -> bool:
+    """Whether a layer is left alone. Of a merged layer (`packed`: qkv, gate_up) entries must name all parts or none."""
+    from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
+
+    return should_ignore_layer(prefix, ignore=ignore, fused_mapping=packed)
 
 
 def renamed(ignore: list[str], hf_to_vllm_mapper: Any) -> list[str]:

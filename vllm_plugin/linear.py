@@ -29,7 +29,7 @@ from rowint8.kernels import ops
 from rowint8.kernels.quantize import Int8Weight, quantize_rowwise
 from rowint8.vllm_plugin import attached
 from rowint8.vllm_plugin.loading import FLOATS, SAVED_FROM_MEMORY, Int8Method, guarded_loader, refuse_incomplete
-from rowint8.vllm_plugin.model import prepare_model
+from rowint8.vllm_plugin.passes import prepare_model
 from rowint8.vllm_plugin.warmup import warm_up
 
 _HINT_ONLINE = 'an INT8 checkpoint needs "quantization_config": {"quant_method": "rowint8"} in its config.json'

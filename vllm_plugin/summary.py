@@ -10,7 +10,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from rowint8.vllm_plugin.loading import Int8Method
-from rowint8.vllm_plugin.model import not_fused
+from rowint8.vllm_plugin.passes import not_fused
 
 logger = init_logger(f"vllm.{__name__}")
 

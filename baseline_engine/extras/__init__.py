@@ -1,1 +1,1 @@
-"""What stands around the engine and is no part of the evening: the command line and the asyncio front."""
+"""What stands around the engine and need not be read to understand it: the command line and the asyncio front."""

@@ -36,7 +36,7 @@ from rowint8.eval.kernels.peers import Product
 from rowint8.eval.kernels.shapes import FEW_COUNTS, SHAPES, Op, Shape
 from rowint8.eval.kernels.timing import Call, Replay, capture, in_turns, paired_ratio, rotated_copies, summary
 from rowint8.eval.models import DEFAULT_MODEL
-from rowint8.eval.results.clock import sm_mhz
+from rowint8.eval.results.gpu_clock import sm_mhz
 from rowint8.eval.results.schema import Compilation, KernelRow
 from rowint8.kernels import ops
 from rowint8.kernels.quantize import quantize_rowwise

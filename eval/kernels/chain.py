@@ -23,7 +23,7 @@ from rowint8.eval.kernels.budget import Budget
 from rowint8.eval.kernels.peers import Product
 from rowint8.eval.kernels.timing import Call, Replay, capture, in_turns, paired_ratio, summary
 from rowint8.eval.models import DEFAULT_MODEL, MODELS, layer_weights
-from rowint8.eval.results.clock import sm_mhz
+from rowint8.eval.results.gpu_clock import sm_mhz
 from rowint8.eval.results.schema import CHAIN_PRODUCTS, ChainRow
 from rowint8.kernels import ops
 from rowint8.kernels.quantize import INT8_MAX, Int8Weight, dequantize

@@ -7,8 +7,8 @@ sums are left in memory for the program whose steps begin that tile, which takes
 Results therefore never depend on timing. Nobody waits for a program of a higher index, which may not run yet.
 
 Each consumer leaves its sums to the same consumer of the other program, and a flag tells of them. It is zero before a
-launch and after it. Neither reads its thread's number nor votes in a warp: with that, ptxas no longer kept addresses in
-the loop over K in registers of the whole warp, and the loop took up to 1.45 times as long.
+launch and after it. Neither reads its thread's number nor votes in a warp: with that, ptxas keeps addresses of the
+loop over K in each thread's registers, and the loop takes up to 1.45 times as long.
 """
 
 from triton.experimental import gluon

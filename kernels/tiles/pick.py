@@ -1,7 +1,8 @@
 """Which tile a product runs with: a pure function of operator, shape and card. Nothing is timed at run time.
 
-The tables come from sweeps over the four linear shapes of Llama-3.1-8B, on an H100 and, for the kernels in Gluon, an
-H200. Other cards take the same tiles, cut to their shared memory; those that are not Hopper never take a `HopperTile`.
+The tables of Triton tiles and few-token tiles come from sweeps over the linear layers of Llama-3.1-8B on an H100 and an
+H200; of Hopper tiles the one with the least estimated time is taken (`hopper_cost`). Other cards take the same Triton
+tiles, cut to their shared memory, and never a `HopperTile`.
 """
 
 from collections.abc import Iterable

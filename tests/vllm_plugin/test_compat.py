@@ -14,8 +14,8 @@ from vllm.model_executor.layers.linear import LinearBase
 
 from rowint8.vllm_plugin import compat
 from rowint8.vllm_plugin.loading import Int8Method
-from rowint8.vllm_plugin.model import Passes
 from rowint8.vllm_plugin.moe import why_unquantized
+from rowint8.vllm_plugin.passes import Passes
 from rowint8.vllm_plugin.summary import sizes, summary
 
 

@@ -11,8 +11,8 @@ from vllm.config import CompilationMode
 from vllm.platforms import current_platform
 
 from rowint8.vllm_plugin import compat
-from rowint8.vllm_plugin.model import Passes, prepare_model
 from rowint8.vllm_plugin.norm_fusion import NormFusion, supports
+from rowint8.vllm_plugin.passes import Passes, prepare_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OURS = "rowint8.add_rms_norm.default"

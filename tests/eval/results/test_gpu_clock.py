@@ -1,4 +1,4 @@
-"""rowint8.eval.results.clock: the clock that the driver's library tells, and None wherever it does not."""
+"""rowint8.eval.results.gpu_clock: the clock that the driver's library tells, and None wherever it does not."""
 
 import ctypes
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rowint8.eval.results import clock
+from rowint8.eval.results import gpu_clock as clock
 
 
 class Library:
