@@ -25,6 +25,7 @@ HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 """What is fetched of a hub repository: configuration, weights, tokenizer; no code and no pickles."""
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _FLOAT_DTYPES = ("F32", "BF16", "F16")
 _INT8_DTYPES, _SCALE_DTYPES = ("I8",), ("F16",)
 
@@ -90,6 +91,7 @@ def load_model(folder: Path, config: ModelConfig, weight_format: WeightFormat, *
     _check_depth(shards, config)
     sketch = Decoder(config, replace(weight_format, device=torch.device("meta")))
     _check_tensors(shards, sketch.places(), tied=config.tie_word_embeddings)
+    _check_tied_head(shards, config.tie_word_embeddings)
     _check_memory(sketch.weight_bytes, weight_format)
     model = Decoder(config, weight_format)
     places = model.places()
@@ -122,6 +124,8 @@ def shard_paths(folder: Path) -> list[Path]:
     if not index.exists():
         if (folder / _SINGLE).exists():
             return [require_file(folder / _SINGLE)]
+        if parts := sorted(path.name for path in folder.glob("*.safetensors")):
+            raise EngineError(f"{folder} has {', '.join(parts)}, but no {_INDEX}, which says what each file holds")
         others = sorted(path.name for path in folder.glob("*.bin")) or ["no weights"]
         raise EngineError(
             f"{folder} has neither {_SINGLE} nor {_INDEX}, but {', '.join(others)}; only safetensors load"
@@ -195,7 +199,20 @@ def _check_memory(needed: int, weight_format: WeightFormat) -> None:
         raise EngineError(f"the weights take {needed / gib:.1f} GiB of memory, of which {free / gib:.1f} are free")
 
 
+def _check_tied_head(shards: dict[Path, Any], tied: bool) -> None:
+    """Refuses an output layer of its own where config.json says that the embedding is the output layer."""
+    paths = {name: path for path, header in shards.items() for name in header}
+    if not tied or _HEAD not in paths or _EMBEDDING not in paths:
+        return
+    head, embedding = (read_tensor(paths[name], name, torch.device("cpu")) for name in (_HEAD, _EMBEDDING))
+    if not torch.equal(head, embedding):
+        raise EngineError(
+            f"{paths[_HEAD]}: {_HEAD} differs from {_EMBEDDING}, though tie_word_embeddings is true; set it to false, "
+            "or leave the tensor out"
+        )
+
+
 def _check_ignorable(path: Path, name: str, tied: bool) -> None:
     """A tied checkpoint may repeat its embedding as lm_head; old ones hold rotary frequencies, which are computed."""
-    if not (tied and name == "lm_head.weight") and not name.endswith("rotary_emb.inv_freq"):
+    if not (tied and name == _HEAD) and not name.endswith("rotary_emb.inv_freq"):
         raise EngineError(f"{path}: unexpected tensor {name}; config.json describes a model without it")

@@ -104,6 +104,10 @@ class ConfigFile(_File):
         default=None, validation_alias=AliasChoices("dtype", "torch_dtype")
     )
     quantization_config: dict[str, Any] | None = None
+    is_causal: Literal[True] | None = None
+    """False makes a text encoder of the model."""
+    text_config: None = None
+    """Models of several parts have their sizes there."""
 
     def qkv_and_o_bias(self) -> tuple[bool, bool]:
         return self.attention_bias, self.attention_bias
@@ -172,11 +176,13 @@ class ConfigFile(_File):
 
 
 class _Llama(ConfigFile):
+    model_type: Literal["llama"] | None = None
     eos_token_id: _Ids = 2
     sliding_window: None = None
 
 
 class _Mistral(ConfigFile):
+    model_type: Literal["mistral"] | None = None
     num_key_value_heads: _Size | None = 8
     max_position_embeddings: _Context = 2**17
     eos_token_id: _Ids = 2
@@ -190,6 +196,7 @@ class _Mistral(ConfigFile):
 
 
 class _Qwen2(ConfigFile):
+    model_type: Literal["qwen2"] | None = None
     num_key_value_heads: _Size | None = 32
     max_position_embeddings: _Context = 2**15
     use_sliding_window: bool = False
@@ -215,6 +222,7 @@ class _Qwen2(ConfigFile):
 class _Qwen3(_Qwen2):
     has_qk_norm: ClassVar[bool] = True
 
+    model_type: Literal["qwen3"] | None = None
     head_dim: _Size | None = 128
 
     def qkv_and_o_bias(self) -> tuple[bool, bool]:

@@ -27,6 +27,19 @@ def write_file(path: Path, content: bytes | str) -> None:
         raise EvalError(f"cannot write {path}: {error.strerror}") from None
 
 
+def refuse_unwritable(path: Path) -> None:
+    """Raises EvalError where `write_file` is bound to fail: before hours of measuring, not after them."""
+    try:
+        if stat.S_ISDIR(os.stat(path).st_mode):
+            raise EvalError(f"cannot write {path}: it is a folder; name a file")
+    except FileNotFoundError:
+        above = next(folder for folder in Path(os.path.realpath(path)).parents if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise EvalError(f"cannot write {path}: nothing can be made in {above}") from None
+    except OSError as error:
+        raise EvalError(f"cannot write {path}: {error.strerror}") from None
+
+
 def _is_stream(path: Path) -> bool:
     try:
         found = path.stat()

@@ -81,7 +81,9 @@ def generate(
         list[str] | None, typer.Option(help="Repeat for a batch. Without it, all of stdin is the prompt.")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
-    warmup: Annotated[int, typer.Option(min=0, help="Unmeasured runs of the same request before the real one.")] = 0,
+    warmup: Annotated[
+        int, typer.Option(min=0, max=1000, help="Unmeasured runs of the same request before the real one.")
+    ] = 0,
     as_json: Annotated[
         bool,
         typer.Option(

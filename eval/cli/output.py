@@ -17,6 +17,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from rowint8.eval.errors import EvalError
+from rowint8.eval.writing import refuse_unwritable
 
 if TYPE_CHECKING:
     from rowint8.eval.results.files import Environment, Results
@@ -26,7 +27,18 @@ out = Console()
 err = Console(stderr=True)
 
 BUSY_PERCENT = 20.0
-Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the results to this file.")]  # noqa: UP045
+
+
+def _json_target(path: Path | None) -> Path | None:
+    if path is not None:
+        refuse_unwritable(path)
+    return path
+
+
+Json = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--json", callback=_json_target, help="Also write the results to this file."),
+]
 Append = Annotated[
     bool, typer.Option("--append", help="Keep what the file holds of other setups, measured on the same machine.")
 ]

@@ -45,7 +45,9 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raises EvalError where `out` is a file, a folder, a link or no possible name."""
+    """Raises EvalError where `out` is a file, a folder, a link or no possible name, or a home that is not there."""
+    if str(out).startswith("~"):
+        raise EvalError(f"cannot write {out}: there is no such home; for a folder of that name give ./{out}")
     try:
         os.fsencode(os.path.abspath(out)).decode("utf-8")
         exists = out.exists() or out.is_symlink()

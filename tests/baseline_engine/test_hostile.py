@@ -194,6 +194,28 @@ def test_a_tensor_in_two_files_is_refused(tmp_path):
         engine_for(folder)
 
 
+@pytest.mark.parametrize("as_embedding", [True, False])
+def test_a_head_of_its_own_is_not_dropped_where_the_embedding_is_the_head(tmp_path, as_embedding):
+    """A tied checkpoint may repeat its embedding, and nothing else, as the output layer."""
+    folder = write_tiny(tmp_path, max_shard_size="10MB")
+    tensors = load_file(folder / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = embedding.clone() if as_embedding else embedding + 1
+    save_file(tensors, folder / "model.safetensors")
+    if as_embedding:
+        engine_for(folder)
+        return
+    with pytest.raises(EngineError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        engine_for(folder)
+
+
+def test_shards_without_an_index_are_named(tmp_path):
+    folder = write_tiny(tmp_path)
+    (folder / INDEX).unlink()
+    with pytest.raises(EngineError, match=r"has model-00001-of-0000.\.safetensors, .*, but no " + INDEX):
+        engine_for(folder)
+
+
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", INDEX, "shard", "tokenizer.json"])
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
 def test_what_is_no_regular_file_is_not_read(tmp_path, name, kind):
@@ -264,7 +286,7 @@ def test_a_prompt_that_the_model_has_no_tokens_for_is_one_line(talker, prompt):
         *({"stop": value} for value in ([3], "END", [None], ["\ud800"])),
         *({"stop_token_ids": value} for value in (7, [1.5], ["a"], [-1])),
         *({"seed": value} for value in (1.0, "1", 2**64)),
-        *({"temperature": value} for value in ("hot", [1.0], 10**400)),
+        *({"temperature": value} for value in ("hot", [1.0], 10**400, 1e300, -0.5)),
     ],
     ids=lambda values: str(values)[:40],
 )
@@ -386,7 +408,7 @@ def test_arguments_out_of_range_are_one_line(talking_folder, arguments):
 @pytest.mark.parametrize("delay", [0.05, 0.3, 1.0, 2.0])
 def test_an_interrupt_while_libraries_load_is_not_lost(talking_folder, delay):
     code = "from rowint8.baseline_engine.extras.cli import main; print(flush=True); main()"
-    run = [sys.executable, "-c", code, *talking_folder, "--prompt", "the", "--max-tokens", "100", "--warmup", "10000"]
+    run = [sys.executable, "-c", code, *talking_folder, "--prompt", "the", "--max-tokens", "100", "--warmup", "1000"]
     process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()  # Python itself has started

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rowint8.eval.errors import EvalError
-from rowint8.eval.writing import write_file
+from rowint8.eval.writing import refuse_unwritable, write_file
 
 
 def mode(path):
@@ -90,7 +90,11 @@ def test_a_pipe_that_nobody_reads_is_one_line(tmp_path):
 @pytest.mark.parametrize("goes_to", ["file", "pipe"])
 def test_what_stdout_has_is_kept(tmp_path, goes_to):
     code = "print('before', flush=True); write_file(Path('/dev/stdout'), 'written\\n'); print('after')"
-    command = [sys.executable, "-c", f"from pathlib import Path; from rowint8.eval.writing import write_file; {code}"]
+    command = [
+        sys.executable,
+        "-c",
+        f"from pathlib import Path; from rowint8.eval.writing import refuse_unwritable, write_file; {code}",
+    ]
     if goes_to == "pipe":
         said = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.decode()
     else:
@@ -143,3 +147,17 @@ def test_a_full_disk_leaves_the_file_whole(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_text() == "mine"
     assert [entry.name for entry in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_what_cannot_be_written_is_refused_before_it_is_measured(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    refused = {tmp_path: "it is a folder", tmp_path / "loop": "symbolic links", tmp_path / "file" / "x.json": ""}
+    for path, why in refused.items():
+        with pytest.raises(EvalError, match=f"cannot write .*{why}"):
+            refuse_unwritable(path)
+    (tmp_path / "dangling").symlink_to(tmp_path / "new.json")
+    for path in (tmp_path / "file", tmp_path / "dangling", tmp_path / "a" / "b" / "c.json", Path("/dev/null")):
+        refuse_unwritable(path)
+    assert (tmp_path / "file").read_text() == "kept"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dangling", "file", "loop"]

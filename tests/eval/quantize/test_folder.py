@@ -126,7 +126,21 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["n" * 256, "\udcff", "\udcff/out", "file/below", "file", "here", "link", ".", "..", "/dev/null", "/proc/rowint8"],
+    [
+        "n" * 256,
+        "~nouser/x",
+        "~",
+        "\udcff",
+        "\udcff/out",
+        "file/below",
+        "file",
+        "here",
+        "link",
+        ".",
+        "..",
+        "/dev/null",
+        "/proc/rowint8",
+    ],
 )
 def test_what_cannot_be_a_new_folder_is_one_line(tmp_path, name, monkeypatch):
     (tmp_path / "file").write_text("")
