@@ -38,7 +38,7 @@ KNOWN_SPILLS = {
 SPILLED_IN_LOOPS, and Triton 3.6 needs none of them."""
 
 SPILLED_IN_LOOPS = {("swiglu", "128+0x4*64x1*64"): 6}
-"""Operator and Hopper tile to loads and stores of spilled registers in the loops over K of its four consumers together."""
+"""Operator and Hopper tile to loads and stores of spilled registers in the loops over K of its consumers together."""
 
 
 @pytest.fixture(scope="module")
