@@ -123,7 +123,7 @@ class SamplingParams(_Checked):
 
     max_tokens: Annotated[int, Ge(1)] = 64
     """Most tokens to generate, the end-of-sequence token included; fewer where prompt and output fill the context."""
-    temperature: Literal[0] | Annotated[float, Interval(ge=MIN_TEMPERATURE, le=1000)] = 0.0
+    temperature: Literal[0] | Annotated[float, Interval(ge=MIN_TEMPERATURE, le=1_000_000)] = 0.0
     """0 is greedy (the most likely token); larger is more random."""
     top_k: Annotated[int, Interval(ge=0, le=2**31 - 1)] = 0
     """Draw from the k most likely tokens only; 0 is off."""
