@@ -73,11 +73,12 @@ def read_tiles(path: Path, card: str) -> Tiles:
 
 
 def write_tiles(path: Path, card: str, tiles: Tiles) -> None:
-    """Puts the tiles of a card into a file, in which those of other cards and shapes stay.
+    """Puts the tiles of a card into a file, in which those of other cards and shapes stay. A link stays, too.
 
     Raises:
         ValueError: the file exists and cannot be read, or holds something else. The message names it.
     """
+    path = Path(os.path.realpath(path))
     everything = _read(path) if path.exists() else {}
     for (op, n, k), by_tokens in tiles.items():
         shapes = everything.setdefault(card, {}).setdefault(op, {})

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,3 +154,15 @@ def test_a_bad_file_is_one_line_that_names_it(file, content):
         read_tiles(file, CARD)
     assert str(refused.value).startswith(f"{file} ")
     assert "\n" not in str(refused.value)
+
+
+def test_a_link_stays_and_what_it_points_to_is_written(tmp_path):
+    link, target = tmp_path / "link.json", tmp_path / "kept" / "tiles.json"
+    link.symlink_to(target)
+    for _ in range(2):  # dangling, then not
+        write_tiles(link, CARD, TILES)
+        assert link.is_symlink()
+        assert read_tiles(target, CARD) == TILES
+    with pytest.raises(ValueError, match="/dev/null"):
+        write_tiles(Path("/dev/null"), CARD, TILES)
+    assert Path("/dev/null").is_char_device()
