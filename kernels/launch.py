@@ -18,6 +18,8 @@ def dependent_launch(device: torch.device) -> bool:
 
 
 _launchers: dict[tuple, Launcher] = {}
+_ARITHMETIC = {"enable_fp_fusion": True}
+"""A product and a sum become one instruction. Triton's default for it depends on its version."""
 
 
 def launch(
@@ -34,7 +36,7 @@ def launch(
         launcher(grid, arguments)
         return
     given = [each.descriptor if isinstance(each, TensorMap) else each for each in arguments]
-    compiled = kernel[grid](*given, **constants, **options)
+    compiled = kernel[grid](*given, **constants, **options, **_ARITHMETIC)
     if compiled is not None:  # None: interpreted, not compiled
         device = next(each.device for each in arguments if isinstance(each, Tensor))
         launcher = make_launcher(compiled, device)

@@ -139,6 +139,17 @@ def test_without_a_driver_triton_launches(monkeypatch):
     assert driver.make_launcher(compiled(), CUDA) is None
 
 
+def test_a_launch_asks_for_fused_multiply_and_add_whatever_triton_does_by_itself():
+    asked = {}
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: asked.update(options)
+
+    launch.launch(Kernel(), ("a kernel",), (1, 1, 1), (torch.zeros(3),), dict(H=3), dict(num_warps=4))
+    assert asked == dict(H=3, num_warps=4, enable_fp_fusion=True)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 5, 40, 300])
 def test_our_launches_compute_what_tritons_do(assert_matches, monkeypatch, m):
