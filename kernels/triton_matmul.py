@@ -52,7 +52,7 @@ def _widened(w, DOT: tl.constexpr):
 
 
 @triton.jit
-def _plain_dot_product(
+def plain_dot_product(
     x,
     values,
     rows,
@@ -88,7 +88,7 @@ def _plain_dot_product(
 
 
 @triton.jit
-def _sliced_dot_product(
+def sliced_dot_product(
     x,
     values,
     rows,
@@ -123,7 +123,7 @@ def _sliced_dot_product(
 
 
 @triton.jit
-def _vector_product(
+def vector_product(
     x,
     values,
     rows,
@@ -199,7 +199,7 @@ def _widened_to_fp32(w, DOT: tl.constexpr):
 
 
 @triton.jit
-def _grid_position(tiles_m, tiles_n, GROUP: tl.constexpr):
+def grid_position(tiles_m, tiles_n, GROUP: tl.constexpr):
     """(pid_m, pid_n) of this program: GROUP row blocks of the weight at a time, all token blocks over them.
 
     Programs that run together then share their weight rows and their tokens in L2.
@@ -213,7 +213,7 @@ def _grid_position(tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _weight_rows(pid, N, BLOCK_N: tl.constexpr, FUSED: tl.constexpr):
+def weight_rows(pid, N, BLOCK_N: tl.constexpr, FUSED: tl.constexpr):
     """Rows [BN] of the weight that a program multiplies, clamped in range: N outputs have N rows, or 2N for SwiGLU."""
     if FUSED:
         n = tl.arange(0, BLOCK_N)
@@ -243,8 +243,8 @@ def one_token_kernel(
     """Grid (blocks of the N outputs, M): one token and BLOCK_N weight rows per program."""
     OUTPUTS: tl.constexpr = BLOCK_N // 2 if FUSED else BLOCK_N
     token = tl.program_id(1).to(tl.int64)
-    rows = _weight_rows(tl.program_id(0), N, BLOCK_N, FUSED)
-    acc = _vector_product(x, values, rows, token, K, BLOCK_N, BLOCK_K, EVEN_K, DOT, PDL)
+    rows = weight_rows(tl.program_id(0), N, BLOCK_N, FUSED)
+    acc = vector_product(x, values, rows, token, K, BLOCK_N, BLOCK_K, EVEN_K, DOT, PDL)
     acc *= tl.load(scale + rows).to(tl.float32)
     if HAS_BIAS:
         acc += tl.load(bias + rows).to(tl.float32)
@@ -280,15 +280,15 @@ def many_tokens_kernel(
 ):
     """Grid (blocks of the M tokens times blocks of the N outputs,): one tile of out^T per program."""
     OUTPUTS: tl.constexpr = BLOCK_N // 2 if FUSED else BLOCK_N
-    pid_m, pid_n = _grid_position(tl.cdiv(M, BLOCK_M), tl.cdiv(N, OUTPUTS), GROUP)
+    pid_m, pid_n = grid_position(tl.cdiv(M, BLOCK_M), tl.cdiv(N, OUTPUTS), GROUP)
     tokens = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = _weight_rows(pid_n, N, BLOCK_N, FUSED)
+    rows = weight_rows(pid_n, N, BLOCK_N, FUSED)
     if PDL:
         _overlap_previous(values, rows, K, BLOCK_N, 2 * BLOCK_K)
     if SLICES > 1:
-        acc = _sliced_dot_product(x, values, rows, tokens, M, K, BLOCK_N, BLOCK_M, BLOCK_K, SLICES, EVEN_K, DOT)
+        acc = sliced_dot_product(x, values, rows, tokens, M, K, BLOCK_N, BLOCK_M, BLOCK_K, SLICES, EVEN_K, DOT)
     else:
-        acc = _plain_dot_product(x, values, rows, tokens, M, K, BLOCK_N, BLOCK_M, BLOCK_K, EVEN_K, DOT)
+        acc = plain_dot_product(x, values, rows, tokens, M, K, BLOCK_N, BLOCK_M, BLOCK_K, EVEN_K, DOT)
     acc *= tl.load(scale + rows).to(tl.float32)[:, None]
     if HAS_BIAS:
         acc += tl.load(bias + rows).to(tl.float32)[:, None]
