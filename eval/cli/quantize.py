@@ -1,7 +1,7 @@
 """The command `rowint8 quantize`."""
 
 from collections.abc import Collection
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from rowint8.eval.quantize.source import Source
 
 
-class Format(str, Enum):
+class Format(StrEnum):
     rowint8 = "rowint8"
     compressed_tensors = "compressed-tensors"
 
 
-class Method(str, Enum):
+class Method(StrEnum):
     rtn = "rtn"
     gptq = "gptq"
 

@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import subprocess
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,7 +30,7 @@ def describe_environment() -> Environment:
     gpu = torch.cuda.is_available()
     commit, dirty = _from_git() or _from_stamp() or (None, None)
     return Environment(
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
         device=torch.cuda.get_device_name() if gpu else cpu_model(),
         driver=_driver() if gpu else None,
         os=platform.platform(),
