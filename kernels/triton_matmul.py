@@ -184,12 +184,12 @@ def _block_product(
 ):
     """[BN, BK / _RUN] sums of _RUN neighbouring products each."""
     xv = tl.load(x_ptrs) if EVEN_K else tl.load(x_ptrs, mask=ks < left, other=0.0)
-    products = _widened_to_fp32(w, DOT) * xv.to(tl.float32)[None, :]
+    products = widened_to_fp32(w, DOT) * xv.to(tl.float32)[None, :]
     return tl.sum(tl.reshape(products, [BLOCK_N, BLOCK_K // _RUN, _RUN]), axis=2)
 
 
 @triton.jit
-def _widened_to_fp32(w, DOT: tl.constexpr):
+def widened_to_fp32(w, DOT: tl.constexpr):
     """INT8 values in fp32, exactly; beside 16-bit activations without the card's conversion, which is slow."""
     if DOT == tl.float32:  # noqa: SIM300
         wide = w.to(tl.float32)

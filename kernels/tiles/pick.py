@@ -78,7 +78,7 @@ def pick_tile(product: Product, card: Card, tuned: Tile | None = None) -> Tile:
     """
     if tuned is not None and product.itemsize == 2:
         if can_run(tuned, product, card):
-            return _fit(tuned, product.itemsize, card) if isinstance(tuned, TritonTile) else tuned
+            return fit(tuned, product.itemsize, card) if isinstance(tuned, TritonTile) else tuned
         return pick_triton_tile(product, card)
     few = pick_few_tokens_tile(product.m, product.n)
     if few and can_run(few, product, card):
@@ -126,14 +126,14 @@ def pick_triton_tile(product: Product, card: Card) -> TritonTile:
     if m == 1:
         return _ONE_TOKEN_MIDDLE if middle else _ONE_TOKEN
     if m <= 16 and middle:
-        return _fit(_SLICED_MIDDLE, itemsize, card)
+        return fit(_SLICED_MIDDLE, itemsize, card)
     for max_m, wide, narrow in _SWIGLU if op == "swiglu" else _LINEAR:
         if m <= max_m:
-            return _fit(wide if n >= WIDE_N else narrow, itemsize, card)
-    return _fit(_PREFILL, itemsize, card)
+            return fit(wide if n >= WIDE_N else narrow, itemsize, card)
+    return fit(_PREFILL, itemsize, card)
 
 
-def _fit(tile: TritonTile, itemsize: int, card: Card) -> TritonTile:
+def fit(tile: TritonTile, itemsize: int, card: Card) -> TritonTile:
     """Cuts the pipeline, then the block of K, until the tile fits the card."""
     while tile.shared_memory(itemsize) > card.shared_memory and tile.num_stages > 2:
         tile = replace(tile, num_stages=tile.num_stages - 1)
