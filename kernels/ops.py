@@ -1,4 +1,5 @@
-"""The operators `rowint8::linear`, `rowint8::swiglu` and `rowint8::add_rms_norm`: all that the engines import.
+"""The operators `rowint8::linear`, `rowint8::swiglu` and `rowint8::add_rms_norm`, and those of INT8 activations
+(`quantize_tokens`, `linear_int8`, `swiglu_int8`, `add_rms_norm_int8`): all that the engines import.
 
 All are `torch.library` operators, so `torch.compile` puts them into a graph as they are. CUDA tensors run the kernel
 that `dispatch` chooses, CPU tensors ATen (`cpu`). A new operator is an entry of `_OPERATORS`; a product is also one of
@@ -13,9 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rowint8.kernels import cpu
-
-ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from rowint8.kernels import checks, cpu, cpu_int8
 
 
 def linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -78,48 +77,80 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return torch.ops.rowint8.add_rms_norm.default(x, residual, weight, eps)
 
 
-def _check_linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
-    """Raises ValueError unless the arguments of `linear` fit together."""
-    _check_dtype(x)
-    if values.dtype != torch.int8 or values.dim() != 2 or not values.is_contiguous():
-        raise ValueError(
-            f"rowint8: values must be a contiguous int8 matrix [N, K], got {values.dtype} {list(values.shape)}"
-        )
-    if scale.dtype != torch.float16 or scale.shape != values.shape[:1]:
-        raise ValueError(f"rowint8: scale must be float16 [{values.shape[0]}], got {scale.dtype} {list(scale.shape)}")
-    if x.dim() == 0 or x.shape[-1] != values.shape[1]:
-        raise ValueError(f"rowint8: activations {list(x.shape)} do not match a weight of K = {values.shape[1]} inputs")
-    if bias is not None and bias.shape != scale.shape:
-        raise ValueError(f"rowint8: bias must be [{values.shape[0]}], got {list(bias.shape)}")
-    if any(t is not None and t.device != x.device for t in (values, scale, bias)):
-        raise ValueError(f"rowint8: activations are on {x.device}; weight and bias must be there too")
+def quantize_tokens(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Rotates and rounds each token to INT8; `activations` says how.
+
+    Args:
+        x: fp32, bf16 or fp16 [..., K].
+        block: columns that are rotated together, as in the weight: a power of two up to 256 that divides K; 1 is none.
+
+    Returns:
+        (int8 [..., K], fp32 [...]): the token in INT8 and its scale, NaN where the token has NaN or Inf.
+
+    Raises:
+        ValueError: dtype or block do not fit.
+    """
+    return torch.ops.rowint8.quantize_tokens.default(x, block)
 
 
-def _check_dtype(x: Tensor) -> None:
-    if x.dtype not in ACTIVATION_DTYPES:
-        raise ValueError(f"rowint8: activations are {x.dtype}; accepted are float32, bfloat16 and float16")
+def linear_int8(
+    tokens: Tensor,
+    token_scale: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """out = token_scale * (scale * (tokens @ values^T)) + bias: the product exact in int32, the rest in fp32.
+
+    Args:
+        tokens: int8 [..., K], with `token_scale` fp32 [...], of `quantize_tokens`.
+        values: int8 [N, K], contiguous, rotated by the same block.
+        scale: fp16 [N].
+        bias: [N] in any floating dtype, or None.
+        dtype: fp32, bf16 or fp16.
+
+    Returns:
+        [..., N] in `dtype`, rounded once; a token's numbers do not depend on the other tokens.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together.
+    """
+    return torch.ops.rowint8.linear_int8.default(tokens, token_scale, values, scale, bias, dtype)
 
 
-def _check_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
-    """Raises ValueError unless the arguments of `add_rms_norm` fit together."""
-    _check_dtype(x)
-    if x.dim() == 0:
-        raise ValueError("rowint8: activations must be [..., H], got a scalar")
-    if residual.dtype != x.dtype or residual.shape != x.shape:
-        given = f"{residual.dtype} {list(residual.shape)}"
-        raise ValueError(f"rowint8: residual must be {x.dtype} {list(x.shape)} as the activations are, got {given}")
-    if weight.dtype != x.dtype or weight.shape != x.shape[-1:]:
-        given = f"{weight.dtype} {list(weight.shape)}"
-        raise ValueError(f"rowint8: norm weight must be {x.dtype} [{x.shape[-1]}] to fit the activations, got {given}")
-    if any(t.device != x.device for t in (residual, weight)):
-        raise ValueError(f"rowint8: activations are on {x.device}; residual and norm weight must be there too")
+def swiglu_int8(
+    tokens: Tensor, token_scale: Tensor, values: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """out = silu(gate) * up of the two halves of `linear_int8`, in fp32 until it is rounded once.
+
+    Args:
+        values: int8 [2I, K], gate rows over up rows; all else as `linear_int8`.
+
+    Returns:
+        [..., I] in `dtype`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together.
+    """
+    return torch.ops.rowint8.swiglu_int8.default(tokens, token_scale, values, scale, dtype)
 
 
-def _check_swiglu(x: Tensor, values: Tensor, scale: Tensor) -> None:
-    """Raises ValueError unless the arguments of `swiglu` fit together."""
-    _check_linear(x, values, scale)
-    if values.shape[0] % 2:
-        raise ValueError(f"rowint8: a SwiGLU weight has as many gate rows as up rows; {values.shape[0]} is odd")
+def add_rms_norm_int8(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, block: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize_tokens` of what `add_rms_norm` returns, bit for bit, in one pass over memory on CUDA.
+
+    Args:
+        as `add_rms_norm` and `quantize_tokens`.
+
+    Returns:
+        (int8 [..., H], fp32 [...], total [..., H] in x's dtype).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or block do not fit together.
+    """
+    return torch.ops.rowint8.add_rms_norm_int8.default(x, residual, weight, eps, block)
 
 
 def _product(kernel: Callable[..., Tensor], x: Tensor, *weight: Tensor | None) -> Tensor:
@@ -133,6 +164,23 @@ def _norm(
     """Runs a kernel of contiguous [M, H] activations for any leading dimensions and strides."""
     normed, total = kernel(_flatten(x), _flatten(residual), weight.contiguous(), eps)
     return _unflatten(normed, x), _unflatten(total, x)
+
+
+def _quantize(kernel: Callable[..., tuple[Tensor, Tensor]], x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    q, scale = kernel(_flatten(x), block)
+    return _unflatten(q, x), scale.view(x.shape[:-1])
+
+
+def _norm_int8(
+    kernel: Callable[..., tuple[Tensor, Tensor, Tensor]], x: Tensor, residual: Tensor, *given: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    weight, eps, block = given
+    q, scale, total = kernel(_flatten(x), _flatten(residual), weight.contiguous(), eps, block)
+    return _unflatten(q, x), scale.view(x.shape[:-1]), _unflatten(total, x)
+
+
+def _product_int8(kernel: Callable[..., Tensor], tokens: Tensor, token_scale: Tensor, *given: Any) -> Tensor:
+    return _unflatten(kernel(_flatten(tokens), token_scale.reshape(-1).contiguous(), *given), tokens)
 
 
 def _flatten(x: Tensor) -> Tensor:
@@ -157,6 +205,30 @@ def _add_rms_norm_cuda(*given: Any) -> tuple[Tensor, Tensor]:
     return kernel(*given)
 
 
+def _quantize_tokens_cuda(*given: Any) -> tuple[Tensor, Tensor]:
+    from rowint8.kernels.int8_tokens import quantize_tokens as kernel
+
+    return kernel(*given)
+
+
+def _add_rms_norm_int8_cuda(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from rowint8.kernels.int8_tokens import add_rms_norm_int8 as kernel
+
+    return kernel(*given)
+
+
+def _linear_int8_cuda(*given: Any) -> Tensor:
+    from rowint8.kernels.int8_product import int8_product
+
+    return int8_product(*given, fused=False)
+
+
+def _swiglu_int8_cuda(tokens: Tensor, token_scale: Tensor, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    from rowint8.kernels.int8_product import int8_product
+
+    return int8_product(tokens, token_scale, values, scale, None, dtype, fused=True)
+
+
 class _Operator(NamedTuple):
     schema: str
     check: Callable[..., None]
@@ -172,7 +244,7 @@ class _Operator(NamedTuple):
 _OPERATORS = {
     "linear": _Operator(
         "(Tensor x, Tensor values, Tensor scale, Tensor? bias=None) -> Tensor",
-        check=_check_linear,
+        check=checks.check_linear,
         outputs=lambda x, values, *_: x.new_empty(*x.shape[:-1], values.shape[0]),
         run=_product,
         cpu=cpu.linear,
@@ -180,7 +252,7 @@ _OPERATORS = {
     ),
     "swiglu": _Operator(
         "(Tensor x, Tensor values, Tensor scale) -> Tensor",
-        check=_check_swiglu,
+        check=checks.check_swiglu,
         outputs=lambda x, values, *_: x.new_empty(*x.shape[:-1], values.shape[0] // 2),
         run=_product,
         cpu=cpu.swiglu,
@@ -188,13 +260,50 @@ _OPERATORS = {
     ),
     "add_rms_norm": _Operator(
         "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
-        check=_check_norm,
+        check=checks.check_norm,
         outputs=lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
         run=_norm,
         cpu=cpu.add_rms_norm,
         cuda=_add_rms_norm_cuda,
     ),
+    "quantize_tokens": _Operator(
+        "(Tensor x, int block) -> (Tensor, Tensor)",
+        check=checks.check_tokens,
+        outputs=lambda x, _: (x.new_empty(x.shape, dtype=torch.int8), _scales(x)),
+        run=_quantize,
+        cpu=cpu_int8.quantize_tokens,
+        cuda=_quantize_tokens_cuda,
+    ),
+    "linear_int8": _Operator(
+        "(Tensor tokens, Tensor token_scale, Tensor values, Tensor scale, Tensor? bias, ScalarType dtype) -> Tensor",
+        check=checks.check_linear_int8,
+        outputs=lambda x, _, values, *given: x.new_empty(*x.shape[:-1], values.shape[0], dtype=given[-1]),
+        run=_product_int8,
+        cpu=cpu_int8.linear,
+        cuda=_linear_int8_cuda,
+    ),
+    "swiglu_int8": _Operator(
+        "(Tensor tokens, Tensor token_scale, Tensor values, Tensor scale, ScalarType dtype) -> Tensor",
+        check=checks.check_swiglu_int8,
+        outputs=lambda x, _, values, *given: x.new_empty(*x.shape[:-1], values.shape[0] // 2, dtype=given[-1]),
+        run=_product_int8,
+        cpu=cpu_int8.swiglu,
+        cuda=_swiglu_int8_cuda,
+    ),
+    "add_rms_norm_int8": _Operator(
+        "(Tensor x, Tensor residual, Tensor weight, float eps, int block) -> (Tensor, Tensor, Tensor)",
+        check=checks.check_norm_int8,
+        outputs=lambda x, *_: (x.new_empty(x.shape, dtype=torch.int8), _scales(x), x.new_empty(x.shape)),
+        run=_norm_int8,
+        cpu=cpu_int8.add_rms_norm,
+        cuda=_add_rms_norm_int8_cuda,
+    ),
 }
+
+
+def _scales(x: Tensor) -> Tensor:
+    """Outputs of [..., K] tokens for their scales."""
+    return x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 def _checked(check: Callable[..., None], then: Callable[..., Any]) -> Callable[..., Any]:

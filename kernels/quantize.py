@@ -3,6 +3,8 @@
     scale[n]     = max_k |weight[n, k]| / 127        stored as fp16
     values[n, k] = round(weight[n, k] / scale[n])    with the *stored* scale, half to even, in [-127, 127]
 
+Rows that INT8 activations are multiplied by are rotated first (`activations`); the rule is the same.
+
 A row's numbers depend on that row alone, so rows can be stacked (q, k and v; gate and up), split by tensor parallelism
 along N, or quantized in blocks, and the result is the same bits. -128 is never used: the code is symmetric.
 
@@ -20,7 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-INT8_MAX = 127
+from rowint8.kernels.activations import INT8_MAX, rotate
+
 BLOCK_ELEMENTS = 1 << 20
 """Weights are quantized this many elements at a time, which bounds the extra memory to about 10 MB."""
 
@@ -41,10 +44,14 @@ class Int8Weight(NamedTuple):
         return self.values.nbytes + self.scale.nbytes
 
 
-def quantize_rowwise(weight: Tensor, *, name: str = "weight") -> Int8Weight:
+def quantize_rowwise(weight: Tensor, *, name: str = "weight", block: int = 1) -> Int8Weight:
     """Rounds a [N, K] weight (fp32, bf16 or fp16, any device) to INT8 with one fp16 scale per row.
 
     Beyond the result it needs memory for one block of rows, never an fp32 copy of the whole weight.
+
+    Args:
+        name: what errors call the tensor.
+        block: columns that are rotated together before they are rounded; `activations.rotation_block` gives it.
 
     Raises:
         TypeError: the dtype is none of the three.
@@ -60,9 +67,9 @@ def quantize_rowwise(weight: Tensor, *, name: str = "weight") -> Int8Weight:
     rows_per_block = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], rows_per_block):
         rows = slice(start, start + rows_per_block)
-        block = weight[rows].float()
-        scale[rows] = _row_scale(_row_absmax(block, name, start), name, start)
-        values[rows] = round_to_scale(block, scale[rows])
+        part = weight[rows].float() if block == 1 else rotate(weight[rows], block)
+        scale[rows] = _row_scale(_row_absmax(part, name, start), name, start)
+        values[rows] = round_to_scale(part, scale[rows])
     return Int8Weight(values, scale)
 
 

@@ -7,11 +7,12 @@ It is read from `quantization_config` in the checkpoint's config.json, which `--
         {"quant_method": "rowint8", "serialized": false, "ignore": ["re:.*down_proj"]}}'
 
 docs/vllm.md has the table of options. Some layers are never quantized: routers, which choose among experts (they are
-small, and one wrong choice is no rounding error); embeddings that are not the head, and the embedding of a pooling
-model; a head that vLLM computes in a dtype of its own (`head_dtype`); the experts of an INT8 checkpoint, which holds
-them as they were.
+small, and one wrong choice is no rounding error), and the last layers of classifiers and rerankers, for the same
+reason; the embedding of a pooling model that is the head too; a head that vLLM computes in a dtype of its own
+(`head_dtype`); the experts of an INT8 checkpoint, which holds them as they were.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -20,14 +21,23 @@ from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from rowint8.kernels.ops import ACTIVATION_DTYPES
+from rowint8.kernels.checks import ACTIVATION_DTYPES
 from rowint8.vllm_plugin import compat
 from rowint8.vllm_plugin.ignore import check_entries, is_ignored, matches, renamed
 
 logger = init_logger(f"vllm.{__name__}")
 
-_FLAGS = {"serialized": True, "lm_head": False, "fuse_swiglu": True, "fuse_norm": True}
-_OPTIONS = ("quant_method", "serialized", "ignore", "lm_head", "fuse_swiglu", "fuse_norm")
+_FLAGS = {
+    "serialized": True,
+    "lm_head": False,
+    "embed_tokens": False,
+    "towers": False,
+    "fuse_swiglu": True,
+    "fuse_norm": True,
+}
+_OPTIONS = ("quant_method", "ignore", *_FLAGS)
+_CHOOSERS = ("gate", "router", "score", "classifier")
+_TOWER = re.compile(r"vision|visual|image|img|audio|speech|sound|whisper|vpm|sam_model|tower")
 
 
 class RowInt8Config(QuantizationConfig):
@@ -38,6 +48,8 @@ class RowInt8Config(QuantizationConfig):
         serialized: bool = False,
         ignore: list[str] | None = None,
         lm_head: bool = _FLAGS["lm_head"],
+        embed_tokens: bool = _FLAGS["embed_tokens"],
+        towers: bool = _FLAGS["towers"],
         fuse_swiglu: bool = _FLAGS["fuse_swiglu"],
         fuse_norm: bool = _FLAGS["fuse_norm"],
     ) -> None:
@@ -45,6 +57,8 @@ class RowInt8Config(QuantizationConfig):
         self.serialized = serialized
         self.ignore = ignore or []
         self.lm_head = lm_head
+        self.embed_tokens = embed_tokens
+        self.towers = towers
         self.fuse_swiglu = fuse_swiglu
         self.fuse_norm = fuse_norm
 
@@ -94,13 +108,17 @@ class RowInt8Config(QuantizationConfig):
 
         from rowint8.vllm_plugin.linear import RowInt8LinearMethod
 
-        if isinstance(layer, RoutedExperts):
-            return self._get_experts_method(layer, prefix)
         if isinstance(layer, VocabParallelEmbedding):
             return self._get_vocab_method(layer, prefix)
-        if not isinstance(layer, LinearBase):
+        if not isinstance(layer, LinearBase | RoutedExperts):
             return None
-        if self._ignores(prefix) or _is_router(layer, prefix):
+        vllm_quantizes = compat.quantized_by_vllm(self, layer, prefix)
+        if vllm_quantizes and self.serialized:
+            raise ValueError(f"rowint8: --quantization-config names {prefix}, which the checkpoint holds in INT8")
+        if isinstance(layer, RoutedExperts):
+            return None if vllm_quantizes else self._get_experts_method(layer, prefix)
+        in_tower = not self.towers and any(_TOWER.search(part) for part in prefix.split("."))
+        if vllm_quantizes or in_tower or self._ignores(prefix) or _is_chooser(layer, prefix):
             return UnquantizedLinearMethod()
         return RowInt8LinearMethod(prefix, self.serialized, self.fuse_swiglu, self.fuse_norm)
 
@@ -121,15 +139,20 @@ class RowInt8Config(QuantizationConfig):
     def _get_vocab_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-        from rowint8.vllm_plugin.lm_head import RowInt8VocabMethod, TiedHeadMethod
+        from rowint8.vllm_plugin.lm_head import RowInt8EmbeddingMethod, RowInt8VocabMethod, TiedHeadMethod
 
         config = get_current_vllm_config()
         model = config.model_config
         tied = getattr(model.hf_text_config, "tie_word_embeddings", False)
         is_head = isinstance(layer, ParallelLMHead)
         of_full_size = (layer.org_vocab_size, layer.embedding_dim) == (model.get_vocab_size(), model.get_hidden_size())
+        if not is_head and not tied:
+            takes = self.embed_tokens and of_full_size
+            return RowInt8EmbeddingMethod(prefix or "embed_tokens", self.serialized) if takes else None
+        if self.embed_tokens and not self.lm_head and not is_head:
+            logger.warning_once('rowint8: the embedding is the head too; "lm_head": true makes it INT8')
         computed_in_its_dtype = model.runner_type != "pooling" and model.head_dtype == model.dtype
-        if not (self.lm_head and of_full_size and computed_in_its_dtype and (is_head or tied)):
+        if not (self.lm_head and of_full_size and computed_in_its_dtype):
             return None
         if compat.quantizes_head_for_drafter(config):
             logger.warning_once("rowint8: the head stays unquantized: draft_lm_head_quantization needs it so")
@@ -139,9 +162,9 @@ class RowInt8Config(QuantizationConfig):
         return RowInt8VocabMethod(prefix or "embed_tokens", self.serialized)
 
 
-def _is_router(layer: nn.Module, prefix: str) -> bool:
-    """Whether the layer chooses among experts."""
+def _is_chooser(layer: nn.Module, prefix: str) -> bool:
+    """Whether the layer chooses among experts or classes."""
     from vllm.model_executor.layers.linear import ReplicatedLinear
 
     name = prefix.split(".")[-1]
-    return isinstance(layer, ReplicatedLinear) and (name in ("gate", "router") or name.endswith("_experts_gate"))
+    return isinstance(layer, ReplicatedLinear) and (name in _CHOOSERS or name.endswith("_experts_gate"))

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch._inductor.pattern_matcher import PatternMatcherPass, fwd_only, register_replacement
 from vllm.compilation.passes.inductor_pass import InductorPass, enable_fake_mode
 
-from rowint8.kernels import ops
+from rowint8.kernels import checks, ops
 from rowint8.vllm_plugin import compat
 
 
@@ -44,7 +44,7 @@ def supports(x: Any, residual: Any, weight: Any, eps: float, variance_size: int 
         return False
     x, residual, weight = (node.meta["val"] for node in (x, residual, weight))
     alike = x.dtype == residual.dtype == weight.dtype and x.shape == residual.shape
-    return alike and x.dtype in ops.ACTIVATION_DTYPES and weight.shape == x.shape[-1:]
+    return alike and x.dtype in checks.ACTIVATION_DTYPES and weight.shape == x.shape[-1:]
 
 
 def _replace(node: fx.Node) -> None:
