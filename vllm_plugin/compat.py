@@ -65,6 +65,23 @@ def quantizes_head_for_drafter(config: Any) -> bool:
     return getattr(config.speculative_config, "draft_lm_head_quantization", None) is not None
 
 
+def quantized_by_vllm(config: Any, layer: Any, prefix: str) -> bool:
+    """Whether vLLM quantizes the layer itself, as `--quantization-config` asks, where rowint8 leaves it alone.
+
+    Raises:
+        ValueError: it asks for another dtype of activations, which vLLM would forget beside a method of a plugin.
+    """
+    online = getattr(config, "online_quantization_config", None)
+    if online is None:
+        return False
+    for kind in ("linear", "moe"):
+        spec = getattr(online.args, kind)
+        if spec is not None and spec.weight is None:
+            raise ValueError(f"rowint8: --quantization-config sets {kind} without a weight, which changes nothing")
+    online.packed_modules_mapping = config.packed_modules_mapping
+    return online.resolve_quant_method_cls(type(layer), prefix) is not None
+
+
 def builtin_silu_and_mul() -> Callable | None:
     """vLLM's compiled SiLU-and-product, if its extension is loaded."""
     packet = getattr(torch.ops._C, "silu_and_mul", None)

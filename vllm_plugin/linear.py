@@ -51,6 +51,8 @@ class RowInt8LinearMethod(LinearMethodBase, Int8Method):
     """
 
     uses_meta_device = True
+    multiplies = True
+    """Whether `apply` is ever called."""
 
     def __init__(self, prefix: str, serialized: bool, fuse_swiglu: bool = False, fuse_norm: bool = False) -> None:
         self.prefix = prefix
@@ -118,7 +120,8 @@ class RowInt8LinearMethod(LinearMethodBase, Int8Method):
         replace_parameter(layer, "weight", values)
         replace_parameter(layer, "weight_scale", scale)
         attached.set_processed(layer)
-        warm_up(self, layer)
+        if self.multiplies:
+            warm_up(self, layer)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., K] -> [..., N] in x's dtype."""

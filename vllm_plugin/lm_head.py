@@ -36,6 +36,12 @@ class RowInt8VocabMethod(RowInt8LinearMethod):
         return (values * embedding(input_, layer.weight_scale[:, None]).float()).to(layer.params_dtype)
 
 
+class RowInt8EmbeddingMethod(RowInt8VocabMethod):
+    """An embedding alone: its rows are gathered, and no product needs a kernel."""
+
+    multiplies = False
+
+
 class TiedHeadMethod(LinearMethodBase, Int8Method):
     """A head whose weights are those of the embedding; it has none of its own."""
 

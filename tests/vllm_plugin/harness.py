@@ -133,10 +133,10 @@ def prequantized(source: Path, folder: Path, edit=lambda tensors: None, also: tu
     return folder
 
 
-def oracle(folder: Path, lm_head: bool = False):
+def oracle(folder: Path, lm_head: bool = False, model_class=AutoModelForCausalLM):
     """The transformers model in fp32, its linear layers and experts (and the head) rounded to INT8 and back."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    unquantized = ("shared_expert_gate",) if lm_head else ("shared_expert_gate", "lm_head")
+    model = model_class.from_pretrained(folder, dtype=torch.float32)
+    unquantized = ("shared_expert_gate", "score", *([] if lm_head else ["lm_head"]))
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and not name.endswith(unquantized):
             module.weight.data = dequantize(quantize_rowwise(module.weight.data))

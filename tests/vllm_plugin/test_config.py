@@ -65,7 +65,7 @@ def test_every_option_is_documented():
     [
         (
             {"ignored": []},
-            "unknown option ignored; accepted are quant_method, serialized, ignore, lm_head, fuse_swiglu, fuse_norm",
+            "unknown option ignored; accepted are quant_method, ignore, serialized, lm_head, embed_tokens, towers,",
         ),
         ({"bits": 4, "group_size": 32}, "unknown option bits, group_size; accepted are"),
         ({"serialized": "no"}, "serialized must be true or false, got 'no'"),
@@ -97,6 +97,60 @@ def test_choosing_a_method_changes_no_setting_of_vllm():
     assert (method.prefix, method.fuse_swiglu, method.fuse_norm) == ("model.layers.0.mlp.gate_up_proj", True, True)
     assert config.compilation_config.inductor_compile_config == passes
     assert config.kernel_config.ir_op_priority.fused_add_rms_norm == ["native"]
+
+
+@pytest.mark.parametrize(
+    ("name", "quantized"),
+    [
+        ("model.layers.0.mlp.down_proj", True),
+        ("language_model.model.layers.0.self_attn.qkv_proj", True),
+        ("visual.blocks.0.attn.qkv", False),
+        ("vision_tower.vision_model.encoder.layers.0.mlp.fc1", False),
+        ("thinker.audio_tower.layers.0.fc1", False),
+        ("score", False),
+        ("model.classifier", False),
+        ("model.layers.0.mlp.gate", False),
+        ("model.layers.0.mlp.gate_proj", True),
+    ],
+)
+def test_towers_and_what_chooses_stay_as_they_are(name, quantized):
+    assert (chosen_method(RowInt8Config(), name) == "RowInt8LinearMethod") is quantized
+
+
+def test_towers_are_quantized_on_demand():
+    assert chosen_method(RowInt8Config(towers=True), "visual.blocks.0.attn.qkv") == "RowInt8LinearMethod"
+
+
+def chosen_method(config: RowInt8Config, name: str) -> str:
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    with set_current_vllm_config(VllmConfig()):
+        return type(config.get_quant_method(ReplicatedLinear.__new__(ReplicatedLinear), name)).__name__
+
+
+def test_layers_that_the_quantization_config_names_are_vllms():
+    from vllm.model_executor.layers.quantization import base_config
+
+    if not hasattr(base_config, "resolve_quant_method"):
+        pytest.skip("this vLLM has no --quantization-config beside a method of a plugin")
+    from vllm.config.quantization import QuantizationConfigArgs
+    from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
+
+    def method(name, serialized=False, **args):
+        config = RowInt8Config(serialized)
+        config.online_quantization_config = OnlineQuantizationConfig(QuantizationConfigArgs(**args))
+        return chosen_method(config, name)
+
+    assert method("a.down_proj", targets={"re:.*down_proj": "mxfp8"}) == "UnquantizedLinearMethod"
+    assert method("a.o_proj", targets={"re:.*down_proj": "mxfp8"}) == "RowInt8LinearMethod"
+    assert method("a.o_proj", linear="mxfp8") == "UnquantizedLinearMethod"
+    assert method("a.o_proj", linear="mxfp8", ignore=["a.o_proj"]) == "RowInt8LinearMethod"
+    assert method("a.o_proj", moe="mxfp8") == "RowInt8LinearMethod"
+    with pytest.raises(ValueError, match="rowint8: --quantization-config sets linear without a weight"):
+        method("a.o_proj", linear={"activation": "mxfp8"})
+    with pytest.raises(ValueError, match=r"names a\.o_proj, which the checkpoint holds in INT8"):
+        method("a.o_proj", serialized=True, linear="mxfp8")
 
 
 def test_ignored_names_follow_the_models_renaming_and_patterns_stay():

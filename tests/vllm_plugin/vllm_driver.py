@@ -9,6 +9,7 @@ and, where wanted,
     sleep          level of a sleep between two generations
     save           folder for `save_sharded_state`
     lora           folder of an adapter for all prompts
+    classify       whether the model is asked for probabilities of classes, not for tokens
     tie_by_weight  whether models tie their head as many did before vLLM 0.32
 
 A result is {"token_ids", "logprobs", "prompt_logprobs", "layers" (see `describe_layers`), "triton_calls",
@@ -18,6 +19,7 @@ A result is {"token_ids", "logprobs", "prompt_logprobs", "layers" (see `describe
     same_memory   whether every weight stayed where it was in a reload or a sleep
     before_sleep  token ids of the generation before the sleep
     load_memory   bytes of tensors: "peak" while loading, "final" of the model
+    probabilities of the classes, for every prompt, in place of tokens and log-probabilities
 
 or {"error": messages of the exception and its causes}. What vLLM prints goes to stderr.
 """
@@ -87,7 +89,10 @@ def _run(job: dict) -> dict:
         result["same_memory"] = llm.apply_model(weight_addresses) == before
     if job.get("save"):
         llm.llm_engine.engine_core.save_sharded_state(path=job["save"])
-    outputs = llm.generate(prompts, sampling, lora_request=lora)
+    if job.get("classify"):
+        outputs, result["probabilities"] = [], [output.outputs.probs for output in llm.classify(prompts)]
+    else:
+        outputs = llm.generate(prompts, sampling, lora_request=lora)
     ranks = llm.apply_model(importlib.import_module("vllm_driver").describe_layers)  # by a name that workers can import
     result |= {
         "token_ids": _token_ids(outputs),
