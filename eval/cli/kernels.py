@@ -3,7 +3,8 @@
 import math
 import time
 from collections.abc import Sequence
-from enum import Enum
+from enum import StrEnum
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -16,10 +17,14 @@ from rowint8.eval.kernels.shapes import (
     CHAIN_COUNTS,
     EVERY_COUNT,
     FEW_COUNTS,
+    INT8_FORMS,
     SHAPES,
     TOKENS,
+    WEIGHT_OPS,
+    parse_ops,
     parse_tokens,
     select_shapes,
+    shapes_with,
 )
 from rowint8.eval.models import DEFAULT_MODEL, MODELS
 
@@ -27,13 +32,14 @@ if TYPE_CHECKING:
     from rowint8.eval.kernels.tune import Choice, Job
 
 COMPILE_TOKENS = (1, 16, 128, 2048)
+_WEIGHT_ONLY = ",".join(WEIGHT_OPS)
 _WRITE_EVERY_S = 10.0
 """Writing a file of a thousand rows takes a while, in which the card would cool."""
 _COMPILING = 0.5
 """At most this part of the time for tuning is spent on compiling ahead."""
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     bfloat16 = "bfloat16"
     float16 = "float16"
 
@@ -41,6 +47,14 @@ class Dtype(str, Enum):
 Shapes = Annotated[
     str,
     typer.Option(help=f"Comma-separated: {', '.join(name for name in SHAPES if '/' not in name)}; or MODEL/qkv."),
+]
+Ops = Annotated[
+    str,
+    typer.Option(
+        "--op",
+        help=f"Comma-separated: {', '.join(WEIGHT_OPS)}; {', '.join(INT8_FORMS.values())} of INT8 tokens, which "
+        "are timed with and without their rounding, beside vLLM's CUTLASS INT8 and FP8 where it is installed.",
+    ),
 ]
 Activations = Annotated[Dtype, typer.Option(help="Dtype of the activations.")]
 Tokens = Annotated[
@@ -89,6 +103,7 @@ Tiles = Annotated[
 def bench_kernels(
     shapes: Shapes = DEFAULT_MODEL,
     tokens: Tokens = None,
+    op: Ops = _WEIGHT_ONLY,
     dtype: Activations = Dtype.bfloat16,
     peers: Peers = False,
     humming: Humming = False,
@@ -99,26 +114,35 @@ def bench_kernels(
     """Time the operators on a CUDA GPU beside cuBLAS, other INT8 kernels and torch.compile, in turns.
 
     Example: rowint8 bench kernels --peers --shapes gate_up,o --json kernels.json
+
+    Example: rowint8 bench kernels --op linear_int8,swiglu_int8 --json kernels-int8.json
     """
-    chosen = select_shapes(shapes)
+    ops = parse_ops(op)
+    weight_only = shapes_with(select_shapes(shapes), lambda name: name in ops)
+    int8 = shapes_with(select_shapes(shapes), lambda name: INT8_FORMS.get(name) in ops)
+    if not weight_only and not int8:
+        raise EvalError(f"--shapes {shapes} has nothing for --op {op}")
     counts = parse_tokens(tokens) if tokens else COMPILE_TOKENS if compile_ else EVERY_COUNT
     _require_gpu("kernels are")
     import torch
 
     from rowint8.eval.kernels.bench import KernelBench
     from rowint8.eval.kernels.inductor import MODES
+    from rowint8.eval.kernels.int8_bench import Int8Bench
     from rowint8.eval.kernels.timing import measure_ceilings
     from rowint8.eval.report.kernels import kernel_tables, worst_table
     from rowint8.eval.results.schema import KernelRow
 
     names = (["marlin", "machete", "gemlite"] if peers else []) + (["humming"] if humming else [])
-    bench = KernelBench(getattr(torch, dtype.value), say, names, list(MODES) if compile_ else [])
+    number_format = getattr(torch, dtype.value)
+    bench = KernelBench(number_format, say, names, list(MODES) if compile_ else [])
+    int8_bench = Int8Bench(number_format, say)
     kept = Kept(json_file, KernelRow, append, lambda row: (row.op, row.shape, row.M, row.dtype), _WRITE_EVERY_S)
     try:
         with err.status("ceilings") as status:
             kept.ceilings = ceilings = measure_ceilings()
             status.update("getting ready")
-            for row in bench.rows(chosen, counts):
+            for row in chain(bench.rows(weight_only, counts), int8_bench.rows(int8, counts)):
                 kept.add([row])
                 status.update(f"{row.op} {row.shape} M = {row.M}")
     finally:
@@ -133,8 +157,8 @@ def bench_chain(
     json_file: Json = None,
     append: AppendCells = False,
 ) -> None:
-    """Time the products and norms of a model's layers, attention left out, in one CUDA graph: rowint8 beside bf16, and
-    FP8, INT8 of both operands and Machete where vLLM is installed.
+    """Time the products and norms of a model's layers, attention left out, in one CUDA graph: rowint8, with INT8 tokens
+    too, beside bf16, and FP8, INT8 of both operands and Machete where vLLM is installed.
 
     Example: rowint8 bench chain --tokens 1,32,128,1100 --json chain.json
     """

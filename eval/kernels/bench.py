@@ -13,14 +13,13 @@ What an entry of a row's `us` is:
     marlin, machete, gemlite, humming   other W8A16 kernels, in `linear` rows; the last two where `is_timed` says
     unfused, cublas_...                 in `swiglu` rows: the product, then torch's SiLU and product, two kernels
     ..._vllm                            in `swiglu` rows: a product, then vLLM's `silu_and_mul`; unfused_vllm is ours
-    eager, compiled...                  the operator in plain torch (`bench_candidates`), as it is or by torch.compile
+    eager, compiled...                  the operator in plain torch (`plain`), as it is or by torch.compile
     vllm                                in `add_rms_norm` rows: vLLM's `fused_add_rms_norm`
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -28,15 +27,14 @@ from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
 from rowint8.eval.kernels import peers as kernel_peers
-from rowint8.eval.kernels import plain as plain
-from rowint8.eval.kernels.budget import Budget
+from rowint8.eval.kernels import plain
 from rowint8.eval.kernels.gemlite_peer import compile_ahead
 from rowint8.eval.kernels.inductor import MODES, compile_logged
 from rowint8.eval.kernels.peers import Product
-from rowint8.eval.kernels.shapes import FEW_COUNTS, SHAPES, Op, Shape
-from rowint8.eval.kernels.timing import Call, Replay, capture, in_turns, paired_ratio, rotated_copies, summary
+from rowint8.eval.kernels.rows import CUBLAS, Candidates, RowBench, check_agrees
+from rowint8.eval.kernels.shapes import FEW_COUNTS, SHAPES, Shape
+from rowint8.eval.kernels.timing import Call, Replay, capture, rotated_copies
 from rowint8.eval.models import DEFAULT_MODEL
-from rowint8.eval.results.gpu_clock import sm_mhz
 from rowint8.eval.results.schema import Compilation, KernelRow
 from rowint8.kernels import ops
 from rowint8.kernels.quantize import quantize_rowwise
@@ -53,31 +51,23 @@ READY_S: dict[str, float] = {
 }
 """Seconds each may spend in a run on packing weights, compiling and tuning; see `Budget`."""
 
-_CUBLAS = {torch.bfloat16: "cublas_bf16", torch.float16: "cublas_fp16"}
 _NORM_CALLS = 20
-_HOST_CALLS = 32
-"""Few enough for the GPU's queue, so that none waits for room in it."""
-_AGREE = 0.02
-
-Candidates = dict[str, list[Call]]
-"""Name to the calls that are timed one after the other: one per copy of the weight."""
 _SLOW_PEERS = ("gemlite", "humming")
 
 
 def is_timed(peer: str, shape: Shape, m: int) -> bool:
     """Whether a peer is timed there: those that compile and tune for minutes only on one model and at few counts."""
-    return peer not in _SLOW_PEERS or (shape in SHAPES[DEFAULT_MODEL] and m in FEW_COUNTS)
+    few = m in FEW_COUNTS and shape.name in {each.name for each in SHAPES[DEFAULT_MODEL]}
+    return few or peer not in _SLOW_PEERS
 
 
-class KernelBench:
-    """Times the operators over shapes and numbers of tokens.
+class KernelBench(RowBench):
+    """Times the weight-only operators over shapes and numbers of tokens.
 
     Args:
-        dtype: of the activations, bf16 or fp16.
-        announce: is told who is left out and why, and how long the others took to get ready.
+        dtype, announce, ready_s, device, capture: see `RowBench`.
         peers: names in `kernel_peers.PEERS`; with any, also vLLM's small kernels.
         compiled: names in `inductor.MODES` that the products are compiled by; with any, also eager mode.
-        ready_s, device, capture: for tests.
     """
 
     def __init__(
@@ -90,17 +80,16 @@ class KernelBench:
         device: str = "cuda",
         capture: Callable[[Sequence[Call]], Replay] = capture,
     ) -> None:
-        self._dtype, self._device, self._capture = dtype, device, capture
-        self._announce = announce
+        super().__init__(dtype, announce, ready_s, device, capture)
         self._peers, self._compiled = peers, compiled
-        self._budget = Budget(ready_s, announce)
-        self._on_host = "rowint8", _CUBLAS[dtype]
         self._vllm = False
 
     def rows(self, shapes: Sequence[Shape], tokens: Sequence[int]) -> Iterator[KernelRow]:
         """A row for every operator of every shape and number of tokens, as soon as it is measured."""
+        if not shapes:
+            return
         self._compile_ours(shapes, max(tokens))
-        products = [shape for shape in shapes if "linear" in shape.ops]
+        products = [shape for shape in shapes if "add_rms_norm" not in shape.ops]
         self._vllm = bool(self._peers and self._budget.run("vllm", kernel_peers.load_vllm))
         met = [(shape, m) for shape in products for m in tokens if is_timed("gemlite", shape, m)]
         if "gemlite" in self._peers and met:
@@ -128,16 +117,17 @@ class KernelBench:
             timed = {name: products for name, products in made.items() if is_timed(name, shape, m)}
             calls = {name: [partial(product, x) for product in products] for name, products in timed.items()}
             peers = {name: calls[name] for name in calls if self._is_ready(name, calls[name], reference)}
-            candidates: Candidates = {
-                "rowint8": [partial(ops.linear, x, *w) for w in int8],
-                _CUBLAS[self._dtype]: [partial(dense_linear, x, w) for w in dense],
-            }
-            by_torch, facts = self._by_torch(plain.linear, [(x, *w) for w in int8], reference, self._compiled)
-            yield self._row("linear", shape, m, candidates | peers | by_torch, facts)
+            weights = [(x, *weight) for weight in int8]
+            if "linear" in shape.ops:
+                candidates: Candidates = {
+                    "rowint8": [partial(ops.linear, *given) for given in weights],
+                    CUBLAS[self._dtype]: [partial(dense_linear, x, w) for w in dense],
+                }
+                by_torch, facts = self._by_torch(plain.linear, weights, reference, self._compiled)
+                yield self._row("linear", shape, m, candidates | peers | by_torch, facts)
             if "swiglu" in shape.ops:
                 candidates = self._swiglu_candidates(x, dense, int8, peers)
-                reference = ops.swiglu(x, *int8[0])
-                by_torch, facts = self._by_torch(plain.swiglu, [(x, *w) for w in int8], reference, self._compiled)
+                by_torch, facts = self._by_torch(plain.swiglu, weights, ops.swiglu(*weights[0]), self._compiled)
                 yield self._row("swiglu", shape, m, candidates | by_torch, facts)
 
     def _made(self, name: str, shape: Shape, int8: Sequence) -> list[Product]:
@@ -152,7 +142,7 @@ class KernelBench:
     def _swiglu_candidates(self, x: Tensor, dense: list[Tensor], int8: list, peers: Candidates) -> Candidates:
         unfused = {
             "unfused": [partial(ops.linear, x, *w) for w in int8],
-            _CUBLAS[self._dtype]: [partial(dense_linear, x, w) for w in dense],
+            CUBLAS[self._dtype]: [partial(dense_linear, x, w) for w in dense],
         }
         candidates: Candidates = {"rowint8": [partial(ops.swiglu, x, *w) for w in int8]}
         candidates |= _followed_by(plain.silu_and_mul, unfused)
@@ -205,69 +195,6 @@ class KernelBench:
                 functions[mode] = made[0]
                 facts |= {mode: made[1]} if made[1] else {}
         return {name: [partial(call, *given) for given in arguments] for name, call in functions.items()}, facts
-
-    def _row(self, op: Op, shape: Shape, m: int, candidates: Candidates, facts: dict[str, Compilation]) -> KernelRow:
-        before = sm_mhz()
-        captured = {name: self._captured(name, calls) for name, calls in candidates.items()}
-        times = in_turns({name: replay for name, replay in captured.items() if replay})
-        after = sm_mhz()
-        us, spread = ({name: summary(each)[part] for name, each in times.items()} for part in (0, 1))
-        others = {name: each for name, each in times.items() if name != "rowint8"}
-        return KernelRow(
-            op=op,
-            shape=shape.name,
-            dtype="bfloat16" if self._dtype == torch.bfloat16 else "float16",
-            M=m,
-            N=shape.n,
-            K=shape.k,
-            us=us,
-            spread=spread,
-            paired={name: paired_ratio(times["rowint8"], each) for name, each in others.items()} or None,
-            sm_mhz=(before, after) if before and after else None,
-            host_us={name: self._host_us(candidates[name]) for name in times if name in self._on_host},
-            compiler=facts or None,
-        )
-
-    def _captured(self, name: str, calls: list[Call]) -> Replay | None:
-        """None where others cannot be captured or run out of memory."""
-        work = partial(self._capture, calls)
-        return self._budget.attempt(name, work) if name in self._budget else work()
-
-    def _host_us(self, calls: list[Call]) -> float:
-        self._finished(None)
-        start = time.perf_counter()
-        for call in islice(cycle(calls), _HOST_CALLS):
-            call()
-        us = (time.perf_counter() - start) / _HOST_CALLS * 1e6
-        self._finished(None)
-        return us
-
-    def _is_ready(self, name: str, calls: list[Call], reference: Any) -> bool:
-        """Whether the first call, which may tune itself, ends within the budget and computes what it should."""
-        if name not in self._budget:
-            return True
-        return bool(calls) and bool(self._budget.run(name, lambda: check_agrees(self._finished(calls[0]()), reference)))
-
-    def _finished(self, result: Any) -> Any:
-        if self._device == "cuda":
-            torch.cuda.synchronize()
-        return result
-
-    def _random(self, *size: int) -> Tensor:
-        return torch.randn(*size, device=self._device, dtype=self._dtype)
-
-
-def check_agrees(out: Any, reference: Any, within: float = _AGREE) -> bool:
-    """True.
-
-    Raises:
-        ValueError: the first results differ by more than the rounding of a 16-bit intermediate explains.
-    """
-    first, expected = (each[0] if isinstance(each, tuple) else each for each in (out, reference))
-    error = float((first.float() - expected.float()).norm() / expected.float().norm())
-    if not error < within:
-        raise ValueError(f"it computes something else: relative difference {error:.3f}")
-    return True
 
 
 def _followed_by(activation: Callable[[Tensor], Tensor], products: Candidates) -> Candidates:

@@ -1,7 +1,8 @@
 """A model's layers with attention left out, in one CUDA graph: what an engine feels of the products and norms.
 
 A layer is norm, qkv, o, norm, gate_up, SiLU and product, down; every layer has weights of its own, as in a model, so
-none is found in the L2 cache. o reads the first values that qkv wrote. The chains of all formats are replayed in turns
+none is found in the L2 cache. o reads the first values that qkv wrote. With INT8 activations of ours the norm hands out
+rounded tokens, and o and down round theirs; the others' products all do. The chains of all formats are replayed in turns
 (`rowint8.eval.kernels.timing`), each against bf16's. Beside them each product is timed *alone*: its calls on the
 weights of all layers, one after the other. In a chain a call follows one of another kind, so it can start less early,
 and finds its input where that one left it; the difference is what a benchmark of calls does not show.
@@ -18,14 +19,15 @@ from torch.nn.functional import linear as dense_linear
 
 from rowint8.eval.kernels import peers as kernel_peers
 from rowint8.eval.kernels import plain
-from rowint8.eval.kernels.bench import check_agrees
-from rowint8.eval.kernels.budget import Budget
+from rowint8.eval.kernels.int8_bench import ours, rotated
 from rowint8.eval.kernels.peers import Product
+from rowint8.eval.kernels.rows import Budget, check_agrees
 from rowint8.eval.kernels.timing import Call, Replay, capture, in_turns, paired_ratio, summary
 from rowint8.eval.models import DEFAULT_MODEL, MODELS, layer_weights
 from rowint8.eval.results.gpu_clock import sm_mhz
 from rowint8.eval.results.schema import CHAIN_PRODUCTS, ChainRow
 from rowint8.kernels import ops
+from rowint8.kernels.activations import rotation_block
 from rowint8.kernels.quantize import INT8_MAX, Int8Weight, dequantize
 from rowint8.kernels.warmup import WeightShape, warmup
 
@@ -34,16 +36,17 @@ _AGREE = 0.15
 _ALONE_REPLAYS = 5
 _CHECKED_TOKENS = 16
 
-Norm = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(x, residual), both [M, H], to (normed, total); it may write over both."""
+Norm = Callable[[Tensor, Tensor], tuple[Any, Tensor]]
+"""(x, residual), both [M, H], to (normed, total); it may write over both. normed is what qkv and gate_up take: [M, H],
+or INT8 tokens and their scales."""
 
 
 class Layer(NamedTuple):
     """The products of a layer; gate_up may hold the activation."""
 
-    qkv: Product
+    qkv: Callable[[Any], Tensor]
     o: Product
-    gate_up: Product
+    gate_up: Callable[[Any], Tensor]
     down: Product
 
 
@@ -60,7 +63,7 @@ class Chain(NamedTuple):
         """[M, H] -> [M, H]."""
         for layer in self.layers:
             normed, residual = self.norm(x, residual)
-            mixed = layer.qkv(normed).view(-1)[: normed.numel()].view_as(normed)
+            mixed = layer.qkv(normed).view(-1)[: x.numel()].view_as(x)
             normed, residual = self.norm(layer.o(mixed), residual)
             hidden = layer.gate_up(normed)
             x = layer.down(self.activate(hidden) if self.activate else hidden)
@@ -98,6 +101,7 @@ class ChainBench:
         self._sizes = layer_weights(MODELS[model])
         self._hidden = MODELS[model]["hidden_size"]
         self._norm_weight = torch.ones(self._hidden, device=device, dtype=torch.bfloat16)
+        self._our_norms = {"rowint8": self._our_norm, "rowint8-a8": self._our_int8_norm}
         self._budget = Budget(dict.fromkeys([*_MAKERS, "vllm"], math.inf), announce)
 
     def rows(self, tokens: Sequence[int]) -> Iterator[ChainRow]:
@@ -155,8 +159,8 @@ class ChainBench:
         """
         kernels, make = _MAKERS[name]
         layers = [Layer(**{part: make(part, weight) for part, weight in each.items()}) for each in weights]
-        if name == "rowint8":
-            chain = Chain(kernels, layers, self._our_norm, None)
+        if name in self._our_norms:
+            chain = Chain(kernels, layers, self._our_norms[name], None)
         else:
             chain = Chain(f"{kernels}; {small.kernels}", layers, small.norm, small.activate)
         if reference:
@@ -179,12 +183,18 @@ class ChainBench:
     def _our_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         return ops.add_rms_norm(x, residual, self._norm_weight, plain.EPS)
 
+    def _our_int8_norm(self, x: Tensor, residual: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        block = rotation_block(self._hidden)
+        tokens, scale, total = ops.add_rms_norm_int8(x, residual, self._norm_weight, plain.EPS, block)
+        return (tokens, scale), total
+
     def _alone_us(self, chain: Chain, m: int) -> dict[str, float]:
         """Name to microseconds a call; see `ChainRow.alone_us`."""
         x, wide = self._random(m, self._hidden), self._random(m, self._sizes["down"][1])
+        normed, _ = chain.norm(x.clone(), x.clone())
+        given = {"qkv": normed, "o": x, "gate_up": normed, "down": wide}
         parts: dict[str, list[Call]] = {
-            name: [partial(getattr(layer, name), wide if name == "down" else x) for layer in chain.layers]
-            for name in CHAIN_PRODUCTS
+            name: [partial(getattr(layer, name), given[name]) for layer in chain.layers] for name in CHAIN_PRODUCTS
         }
         parts["norm"] = [partial(chain.norm, x.clone(), x.clone())] * self._layers
         if chain.activate:
@@ -216,6 +226,12 @@ def _ours(part: str, weight: Int8Weight) -> Product:
     return lambda x: operator(x, *weight)
 
 
+def _ours_int8(part: str, weight: Int8Weight) -> Callable[[Any], Tensor]:
+    rows = rotated(dequantize(weight))
+    product = ours("swiglu_int8" if part == "gate_up" else "linear_int8", rows, torch.bfloat16)
+    return product if part in ("o", "down") else lambda tokens: product.multiply(*tokens)
+
+
 def _peer(name: str) -> Callable[[str, Int8Weight], Product]:
     def make(part: str, weight: Int8Weight) -> Product:
         maker: Any = getattr(kernel_peers, name)
@@ -224,11 +240,12 @@ def _peer(name: str) -> Callable[[str, Int8Weight], Product]:
     return make
 
 
-_MAKERS: dict[str, tuple[str, Callable[[str, Int8Weight], Product]]] = {
+_MAKERS: dict[str, tuple[str, Callable[[str, Int8Weight], Callable[[Any], Tensor]]]] = {
     "bf16": ("cuBLAS", _dense),
     "rowint8": ("rowint8's linear, swiglu and add_rms_norm", _ours),
-    "fp8": ("vLLM's CUTLASS FP8, a scale a row and a token", _peer("fp8")),
-    "int8": ("vLLM's CUTLASS INT8 of both operands, a scale a row and a token", _peer("int8")),
+    "rowint8-a8": ("rowint8's add_rms_norm_int8, linear_int8, swiglu_int8 and quantize_tokens", _ours_int8),
+    "fp8": ("vLLM's CUTLASS FP8, a scale a row and a token", _peer("cutlass_fp8")),
+    "int8": ("vLLM's CUTLASS INT8 of both operands, a scale a row and a token", _peer("cutlass_int8")),
     "machete": ("vLLM's Machete W8A16", _peer("machete")),
 }
 """Chain to its products' name, and what makes a product (by its name) of a weight; bf16, which all are compared with,

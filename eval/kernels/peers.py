@@ -1,10 +1,11 @@
 """Other 8-bit products on the same weights, and vLLM's small kernels, where they are installed.
 
-Marlin, Machete and the small kernels are called as vLLM 0.26 calls them; elsewhere their signatures may differ.
+They are called as vLLM 0.26 to 0.33 call them.
 """
 
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,18 @@ Product = Callable[[Tensor], Tensor]
 """[M, K] -> [M, N] in the dtype that it was made for."""
 
 
+class RoundedProduct(NamedTuple):
+    """A product of 8-bit tokens, in its two steps; called, it takes both: a `Product`."""
+
+    round: Callable[[Tensor], tuple[Tensor, Tensor]]
+    """[M, K] -> 8-bit [M, K] and a scale a token."""
+    multiply: Callable[[Tensor, Tensor], Tensor]
+    """What `round` returns -> [M, N]."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.multiply(*self.round(x))
+
+
 def marlin(weight: Int8Weight, dtype: torch.dtype) -> Product:
     """vLLM's Marlin W8A16, one scale a row."""
     from vllm import _custom_ops
@@ -25,7 +38,8 @@ def marlin(weight: Int8Weight, dtype: torch.dtype) -> Product:
     ops: Any = _custom_ops
     n, k = weight.values.shape
     empty = torch.empty(0, dtype=torch.int32, device="cuda")
-    packed = ops.gptq_marlin_repack(_packed(weight.values), perm=empty, size_k=k, size_n=n, num_bits=8)
+    sizes = dict(perm=empty, size_k=k, size_n=n, num_bits=8)
+    packed = ops.gptq_marlin_repack(_packed(weight.values), **_accepted(ops.gptq_marlin_repack, sizes))
     scale = marlin_utils.marlin_permute_scales(_scale_row(weight, dtype), size_k=k, size_n=n, group_size=-1)
     workspace = marlin_utils.marlin_make_workspace_new(torch.device("cuda"))
     apply: Any = marlin_utils.apply_gptq_marlin_linear
@@ -41,7 +55,13 @@ def marlin(weight: Int8Weight, dtype: torch.dtype) -> Product:
         input_size_per_partition=k,
         is_k_full=True,
     )
-    return lambda x: apply(x, **fixed)
+    given = _accepted(apply, fixed)
+    return lambda x: apply(x, **given)
+
+
+def _accepted(function: Callable, given: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that the function has: vLLM 0.32 and newer ask for no permutation."""
+    return {name: value for name, value in given.items() if name in inspect.signature(function).parameters}
 
 
 def machete(weight: Int8Weight, dtype: torch.dtype) -> Product:
@@ -69,32 +89,30 @@ def humming(weight: Int8Weight, dtype: torch.dtype) -> Product:
     return lambda x: layer(x, tuning_config=get_heuristics_config(layer.humming_metas[""], shape_m=x.shape[0]))
 
 
-def fp8(weight: Int8Weight, dtype: torch.dtype) -> Product:
-    """vLLM's CUTLASS FP8, a scale a row and one a token; the rounding of the tokens is part of the product."""
+def cutlass_fp8(weight: Int8Weight, dtype: torch.dtype) -> RoundedProduct:
+    """vLLM's CUTLASS FP8, a scale a row and one a token."""
     from vllm import _custom_ops as ops
 
     dense = dequantize(weight)
     scale = dense.abs().amax(1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
     columns = (dense / scale).to(torch.float8_e4m3fn).t()
 
-    def product(x: Tensor) -> Tensor:
-        tokens, of_tokens = ops.scaled_fp8_quant(x, use_per_token_if_dynamic=True)
+    def multiply(tokens: Tensor, of_tokens: Tensor) -> Tensor:
         return ops.cutlass_scaled_mm(tokens, columns, of_tokens, scale, dtype)
 
-    return product
+    return RoundedProduct(lambda x: ops.scaled_fp8_quant(x, use_per_token_if_dynamic=True), multiply)
 
 
-def int8(weight: Int8Weight, dtype: torch.dtype) -> Product:
-    """As `fp8`, of the same INT8 values as ours, without other memory."""
+def cutlass_int8(weight: Int8Weight, dtype: torch.dtype) -> RoundedProduct:
+    """As `cutlass_fp8`, of the same INT8 values as ours, without other memory."""
     from vllm import _custom_ops as ops
 
     columns, scale = weight.values.t(), weight.scale.float()[:, None]
 
-    def product(x: Tensor) -> Tensor:
-        tokens, of_tokens, _ = ops.scaled_int8_quant(x)
+    def multiply(tokens: Tensor, of_tokens: Tensor) -> Tensor:
         return ops.cutlass_scaled_mm(tokens, columns, of_tokens, scale, dtype)
 
-    return product
+    return RoundedProduct(lambda x: ops.scaled_int8_quant(x)[:2], multiply)
 
 
 PEERS: dict[str, Callable[[Int8Weight, torch.dtype], Product]] = {

@@ -1,11 +1,16 @@
 """The sizes that kernels are timed at: linear layers and RMSNorms of models people run, and numbers of tokens."""
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
 
 from rowint8.eval.errors import EvalError
 from rowint8.eval.models import DEFAULT_MODEL, MODELS, layer_weights
 
-Op = Literal["linear", "swiglu", "add_rms_norm"]
+WeightOp = Literal["linear", "swiglu", "add_rms_norm"]
+Int8Op = Literal["linear_int8", "swiglu_int8"]
+WEIGHT_OPS: tuple[str, ...] = get_args(WeightOp)
+INT8_FORMS: dict[str, Int8Op] = {"linear": "linear_int8", "swiglu": "swiglu_int8"}
+"""Weight-only operator to the one that multiplies INT8 tokens."""
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _REMAINDERS = (33, 40, 48, 56, 65, 72, 80, 96, 112, 129, 144, 160, 192, 200, 224, 257, 288, 320, 384, 448)
@@ -23,7 +28,7 @@ class Shape(NamedTuple):
     name: str
     n: int
     k: int
-    ops: tuple[Op, ...] = ("linear",)
+    ops: tuple[WeightOp, ...] = ("linear",)
 
 
 _TIMED = {"llama-3.1-8b": 1, "qwen2.5-0.5b": 1, "qwen2.5-1.5b": 1, "qwen2.5-7b": 1, "llama-3.1-70b": 8}
@@ -74,6 +79,24 @@ def select_shapes(names: str) -> list[Shape]:
             "in qwen2.5-0.5b/gate_up"
         )
     return list(dict.fromkeys(shape for name in chosen for shape in SHAPES[name]))
+
+
+def parse_ops(text: str) -> list[str]:
+    """Comma-separated names of WEIGHT_OPS and INT8_FORMS.
+
+    Raises:
+        EvalError: one is unknown.
+    """
+    known = [*WEIGHT_OPS, *INT8_FORMS.values()]
+    if unknown := [name for name in text.split(",") if name not in known]:
+        raise EvalError(f"--op has {', '.join(unknown)}; accepted are {', '.join(known)}")
+    return text.split(",")
+
+
+def shapes_with(shapes: list[Shape], ops: Callable[[str], bool]) -> list[Shape]:
+    """The shapes with those of their operators that `ops` holds; without shapes that have none of them."""
+    kept = [shape._replace(ops=tuple(filter(ops, shape.ops))) for shape in shapes]
+    return [shape for shape in kept if shape.ops]
 
 
 def is_count(text: str) -> bool:

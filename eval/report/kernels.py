@@ -9,7 +9,7 @@ from rowint8.eval.results.schema import Ceilings, KernelRow
 from rowint8.eval.tables import Table
 
 README_TOKENS = (1, 4, 16, 64, 128, 256, 512, 2048, 8192)
-_INT8 = ("marlin", "machete", "gemlite", "humming")
+_INT8 = ("marlin", "machete", "gemlite", "humming", "cutlass")
 _MOST_LOST = 30
 """Lost cells that a sentence can name; of more the worst are told."""
 _WORST = 10
@@ -88,7 +88,7 @@ def lost_cells(rows: Sequence[KernelRow], before: str, between: str, most: int |
 
 def misses_line(rows: Sequence[KernelRow]) -> str:
     """How many cells are certainly slower than cuBLAS, and than the best of all."""
-    kinds = {"cuBLAS": ("cublas",), "the best other INT8 kernel": _INT8, "the best other": ("",)}
+    kinds = {"cuBLAS": ("cublas",), "the best other 8-bit kernel": _INT8, "the best other": ("",)}
     parts = []
     for name, prefixes in kinds.items():
         beside = [row for row in rows if best_peer(row, prefixes)]

@@ -5,17 +5,24 @@ from rowint8.eval.results.schema import Ceilings, KernelRow
 EVEN = 0.02
 """Ratios this near to 1 count as even."""
 _ACTIVATION_BYTES = 2
+_INT8_RATE = 2
+"""Tensor cores multiply INT8 at twice the rate of bf16."""
+
+
+def multiplies_int8(row: KernelRow) -> bool:
+    """Whether both operands of the product are INT8."""
+    return row.op.endswith("_int8")
 
 
 def bytes_moved(row: KernelRow) -> int:
     """What a call must read and write at least.
 
-    A product: the INT8 weight, its scales and the activations, read. `add_rms_norm`: x and the residual read, the
-    normalized rows and the sum written.
+    A product: the INT8 weight, its scales and the activations, read: INT8 tokens once they are rounded.
+    `add_rms_norm`: x and the residual read, the normalized rows and the sum written.
     """
     if row.op == "add_rms_norm":
         return 4 * row.M * row.N * _ACTIVATION_BYTES
-    return row.N * row.K + 2 * row.N + row.M * row.K * _ACTIVATION_BYTES
+    return row.N * row.K + 2 * row.N + row.M * row.K * (1 if multiplies_int8(row) else _ACTIVATION_BYTES)
 
 
 def operations(row: KernelRow) -> int:
@@ -28,7 +35,13 @@ def limit_us(row: KernelRow, ceilings: Ceilings) -> float:
 
     `add_rms_norm` of few tokens finds its inputs in the L2 cache, which is faster than that.
     """
-    return max(bytes_moved(row) / (ceilings.read_tb_s * 1e6), operations(row) / (ceilings.bf16_tflop_s * 1e6))
+    return max(bytes_moved(row) / (ceilings.read_tb_s * 1e6), compute_us(row, ceilings))
+
+
+def compute_us(row: KernelRow, ceilings: Ceilings) -> float:
+    """The least time for the product's arithmetic; 0 for `add_rms_norm`."""
+    rate = ceilings.bf16_tflop_s * (_INT8_RATE if multiplies_int8(row) else 1)
+    return operations(row) / (rate * 1e6)
 
 
 def best_peer(row: KernelRow, prefixes: tuple[str, ...] = ("",)) -> str | None:

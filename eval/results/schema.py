@@ -299,12 +299,25 @@ class Compilation:
     """Inductor's own account: the nodes it had, which it fused and why not others."""
 
 
+KernelOp = Literal[
+    "linear",
+    "swiglu",
+    "add_rms_norm",
+    "linear_int8",
+    "swiglu_int8",
+    "quantize_tokens+linear_int8",
+    "quantize_tokens+swiglu_int8",
+]
+"""The operators of `rowint8.kernels.ops`. INT8 products are timed twice: on tokens that are rounded already, and with
+their rounding."""
+
+
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class KernelRow:
     """Times of one operator on M tokens and an [N, K] weight; for `add_rms_norm` on [M, H], N = K = H."""
 
     kind: Literal["kernel"] = "kernel"
-    op: Literal["linear", "swiglu", "add_rms_norm"]
+    op: KernelOp
     shape: Name
     """One of `rowint8.eval.kernels.shapes`."""
     dtype: Literal["bfloat16", "float16"] = "bfloat16"
@@ -332,7 +345,7 @@ class ChainRow:
 
     kind: Literal["chain"] = "chain"
     chain: Name
-    """The weights' format: "bf16", "rowint8", "fp8", "int8" (both operands) or "machete"."""
+    """The weights' format: "bf16", "rowint8", "rowint8-a8", "fp8", "int8" (both operands) or "machete"."""
     kernels: Name
     """What multiplies, normalizes and activates."""
     model: Name

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rowint8.eval.cli import kernels
+from rowint8.eval.errors import EvalError
 from rowint8.eval.kernels.shapes import CHAIN_COUNTS, EVERY_COUNT
 from rowint8.eval.results.files import read_results
 from tests.eval.cli.test_app import rowint8
@@ -39,11 +40,18 @@ class Bench:
             yield from (replace(LINEAR, shape=shape.name, M=m) for m in tokens)
 
 
+class Int8Bench(Bench):
+    def rows(self, shapes, tokens):
+        for shape in shapes:
+            yield from (replace(LINEAR, op="linear_int8", shape=shape.name, M=m) for m in tokens)
+
+
 @pytest.fixture
 def bench(monkeypatch):
     """The command with rows that cost nothing."""
     monkeypatch.setattr(kernels, "_require_gpu", lambda what: None)
     monkeypatch.setattr("rowint8.eval.kernels.bench.KernelBench", Bench)
+    monkeypatch.setattr("rowint8.eval.kernels.int8_bench.Int8Bench", Int8Bench)
     monkeypatch.setattr("rowint8.eval.kernels.timing.measure_ceilings", lambda: CEILINGS)
     monkeypatch.setattr("sys.argv", ["rowint8", "bench", "kernels"])
     return kernels.bench_kernels
@@ -73,6 +81,15 @@ def test_cells_are_appended_and_measured_anew_in_their_place(tmp_path, bench):
         bench(shapes, tokens, json_file=path, append=True)
     cells = [("gate_up", 1), ("gate_up", 2), ("o", 2), ("gate_up", 4)]
     assert [(row.shape, row.M) for row in read_results(path).rows] == cells
+
+
+def test_an_operator_of_int8_tokens_is_timed_where_it_is_asked_for(tmp_path, bench, capsys):
+    path = tmp_path / "k.json"
+    bench("gate_up,h4096", "2", "linear_int8", json_file=path)
+    assert [(row.op, row.shape) for row in read_results(path).rows] == [("linear_int8", "gate_up")]
+    assert "linear_int8: microseconds a call" in capsys.readouterr().out
+    with pytest.raises(EvalError, match="--shapes h4096 has nothing for --op swiglu_int8"):
+        bench("h4096", "2", "swiglu_int8")
 
 
 def test_every_count_is_the_default(tmp_path, bench, capsys):

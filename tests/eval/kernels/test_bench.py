@@ -11,18 +11,20 @@ import torch
 from rowint8.eval.errors import EvalError
 from rowint8.eval.kernels import gemlite_peer as bench_gemlite
 from rowint8.eval.kernels import peers as kernel_peers
-from rowint8.eval.kernels import plain as plain
-from rowint8.eval.kernels.bench import KernelBench, check_agrees, is_timed
-from rowint8.eval.kernels.budget import Budget
+from rowint8.eval.kernels import plain
+from rowint8.eval.kernels.bench import KernelBench, is_timed
 from rowint8.eval.kernels.inductor import MODES, compile_logged
+from rowint8.eval.kernels.rows import Budget, check_agrees
 from rowint8.eval.kernels.shapes import (
     EVERY_COUNT,
     FEW_COUNTS,
     SHAPES,
     TOKENS,
     Shape,
+    parse_ops,
     parse_tokens,
     select_shapes,
+    shapes_with,
 )
 from rowint8.eval.kernels.timing import in_turns, paired_ratio
 from rowint8.eval.models import DEFAULT_MODEL
@@ -70,9 +72,9 @@ def test_plain_add_rms_norm_computes_the_operator(assert_matches, dtype):
 
 VLLM_KERNELS = """
 import torch
-from rowint8.eval.kernels import plain as plain
+from rowint8.eval.kernels import plain
 from rowint8.eval.kernels import peers as peers
-from rowint8.eval.kernels.bench import check_agrees
+from rowint8.eval.kernels.rows import check_agrees
 assert peers.load_vllm()
 torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
 x, residual, weight = torch.randn(5, 96).bfloat16(), torch.randn(5, 96).bfloat16(), torch.randn(96).bfloat16()
@@ -339,6 +341,19 @@ def test_shapes_are_chosen_by_model_or_name_once_each():
     assert [shape.name for shape in chosen] == ["gate_up", "qwen2.5-0.5b/qkv", "qkv", "o", "down", "h4096"]
     with pytest.raises(EvalError, match=r"--shapes has ff, ; accepted are llama-3\.1-8b, .*gate_up"):
         select_shapes("o,ff,")
+
+
+def test_operators_are_chosen_by_name_and_shapes_without_them_are_left_out():
+    assert parse_ops("swiglu,linear_int8") == ["swiglu", "linear_int8"]
+    with pytest.raises(EvalError, match=r"--op has ff; accepted are linear, swiglu, add_rms_norm, linear_int8, swig"):
+        parse_ops("linear,ff")
+    kept = shapes_with(SHAPES[DEFAULT_MODEL], lambda op: op == "swiglu")
+    assert [(shape.name, shape.ops) for shape in kept] == [("gate_up", ("swiglu",))]
+
+
+def test_rows_of_one_operator_of_a_shape(run):
+    rows, _ = run([Shape("gate_up", 96, 64, ("swiglu",))], (2,))
+    assert [row.op for row in rows] == ["swiglu"]
 
 
 def test_tokens_are_whole_numbers_above_zero():

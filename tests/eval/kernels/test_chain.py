@@ -39,7 +39,7 @@ def wrong(part, weight):
 def run(monkeypatch):
     """Rows of the model "tiny" on the CPU."""
     monkeypatch.setattr(kernel_peers, "load_vllm", lambda: False)
-    made = dict(list(chains._MAKERS.items())[:2])
+    made = dict(list(chains._MAKERS.items())[:3])
     made |= {name: (f"{name}'s", make) for name, make in dict(fp8=rounded, int8=wrong, machete=absent).items()}
     monkeypatch.setattr(chains, "_MAKERS", made)
 
@@ -52,20 +52,22 @@ def run(monkeypatch):
 
 def test_rows_of_all_chains_beside_bf16(run):
     rows, said = run((1, 5))
-    assert [(row.M, row.chain) for row in rows] == [(m, name) for m in (1, 5) for name in ("bf16", "rowint8", "fp8")]
+    names = ("bf16", "rowint8", "rowint8-a8", "fp8")
+    assert [(row.M, row.chain) for row in rows] == [(m, name) for m in (1, 5) for name in names]
     assert all((row.ratio is None) == (row.chain == "bf16") for row in rows)
     assert all((row.model, row.layers, row.us) == ("tiny", 3, 1.0) for row in rows)
     assert "without machete: ImportError: No module named 'vllm'" in said
     assert any(line.startswith("without int8: ValueError: it computes something else") for line in said)
     without_vllm = "; rowint8's add_rms_norm, torch.compile's SiLU and product"
-    assert [row.kernels.endswith(without_vllm) for row in rows[:3]] == [True, False, True]
+    assert [row.kernels.endswith(without_vllm) for row in rows[:4]] == [True, False, False, True]
 
 
 def test_each_kernel_is_timed_alone_over_all_layers(run):
     rows, _ = run((2,), layers=4)
-    bf16, ours = rows[:2]
+    bf16, ours, ours_a8 = rows[:3]
     assert bf16.alone_us == dict.fromkeys([*CHAIN_PRODUCTS, "norm", "activation"], 4.0)
-    assert ours.alone_us == dict.fromkeys([*CHAIN_PRODUCTS, "norm"], 4.0), "swiglu holds the activation"
+    for row in (ours, ours_a8):
+        assert row.alone_us == dict.fromkeys([*CHAIN_PRODUCTS, "norm"], 4.0), "swiglu holds the activation"
 
 
 def test_vllm_kernels_serve_the_other_chains_where_they_are_installed(run, monkeypatch):
@@ -78,7 +80,7 @@ def test_vllm_kernels_serve_the_other_chains_where_they_are_installed(run, monke
 
     monkeypatch.setattr(kernel_peers, "add_rms_norm", in_place)
     rows, said = run((3,))
-    assert [row.chain for row in rows] == ["bf16", "rowint8", "fp8"]
+    assert [row.chain for row in rows] == ["bf16", "rowint8", "rowint8-a8", "fp8"]
     assert rows[0].kernels == "cuBLAS; vLLM's fused_add_rms_norm and silu_and_mul"
     assert len(said) == 2, "int8 and machete, as above"
 
@@ -101,9 +103,10 @@ def test_a_chain_computes_the_layers(run):
         gate, up = (normed @ dense["gate_up"].T).chunk(2, dim=-1)
         expected = (torch.nn.functional.silu(gate) * up) @ dense["down"].T
     small = bench._small_kernels()
-    for name in ("bf16", "rowint8"):
+    # Some twenty roundings to bf16, each of at most 0.004; with INT8 tokens 8 of about 0.01 besides.
+    for name, within in (("bf16", 0.03), ("rowint8", 0.03), ("rowint8-a8", 0.06)):
         out = bench._made(name, weights, small).run(x, residual).double()
-        assert (out - expected).norm() / expected.norm() < 0.03, "some twenty roundings to bf16, each of at most 0.004"
+        assert (out - expected).norm() / expected.norm() < within, name
 
 
 def test_weights_give_products_of_normed_tokens_a_deviation_of_1(run):

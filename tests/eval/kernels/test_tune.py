@@ -15,7 +15,7 @@ from rowint8.eval.cli.app import app
 from rowint8.eval.errors import EvalError
 from rowint8.eval.kernels import tune
 from rowint8.eval.kernels.shapes import Shape
-from rowint8.eval.kernels.tune_candidates import candidates
+from rowint8.eval.kernels.tune import candidates
 from rowint8.eval.results.files import read_results
 from rowint8.kernels import dispatch
 from rowint8.kernels.tiles.types import FewTokensTile, HopperTile, TritonTile

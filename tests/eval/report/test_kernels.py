@@ -45,7 +45,7 @@ def test_the_worst_cells_come_first_and_the_certain_ones_are_counted():
     assert table.lines[0] == ["linear gate_up", "20", "110.0", "100.0 cublas_bf16", "1.100", "1.090 to 1.100", ""]
     assert misses_line(rows) == (
         "Slower, with the lower end of the ratio's 95% interval above 1.02, than cuBLAS in 7 of 20 cells, "
-        "the best other INT8 kernel in 0 of 0 cells, the best other in 7 of 20 cells."
+        "the best other 8-bit kernel in 0 of 0 cells, the best other in 7 of 20 cells."
     )
     assert worst_table([replace(LINEAR, sm_mhz=(1980, 1755))]).lines[0][-2:] == ["", "1980 to 1755"]
 

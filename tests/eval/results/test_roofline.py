@@ -72,3 +72,12 @@ def test_products_in_a_chain_are_what_the_norms_and_activations_leave():
     assert CHAIN.products_us == 4000 - 32 * 2 * 4
     alone = CHAIN.alone_us | {"activation": 5.0}
     assert replace(CHAIN, alone_us=alone).products_us == 4000 - 32 * (2 * 4 + 5)
+
+
+def test_int8_tokens_are_half_as_many_bytes_and_multiply_twice_as_fast():
+    moved = 28672 * 4096 + 2 * 28672
+    rounded, rounding = (replace(LINEAR, op=f"{before}linear_int8") for before in ("", "quantize_tokens+"))
+    assert limit_us(rounded, CEILINGS) == pytest.approx((moved + 4096) / 2e6)
+    assert limit_us(replace(rounding, M=4096), CEILINGS) == pytest.approx(2 * 4096 * 28672 * 4096 / 1000e6)
+    ours = dict(rowint8=30.0, rowint8_weight_only=20.0, cublas_bf16=40.0)
+    assert best_peer(replace(rounded, us=ours)) == "cublas_bf16"
