@@ -17,6 +17,7 @@ Edges, each decided once here:
 - N or K may be 0, 1, odd, or anything else.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -44,42 +45,65 @@ class Int8Weight(NamedTuple):
         return self.values.nbytes + self.scale.nbytes
 
 
-def quantize_rowwise(weight: Tensor, *, name: str = "weight", block: int = 1) -> Int8Weight:
+def quantize_rowwise(
+    weight: Tensor, *, name: str = "weight", block: int = 1, absmax: Tensor | None = None
+) -> Int8Weight:
     """Rounds a [N, K] weight (fp32, bf16 or fp16, any device) to INT8 with one fp16 scale per row.
 
     Beyond the result it needs memory for one block of rows, never an fp32 copy of the whole weight.
 
     Args:
-        name: what errors call the tensor.
-        block: columns that are rotated together before they are rounded; `activations.rotation_block` gives it.
+        name: of the tensor, for messages.
+        block: columns that are rotated together before they are rounded, for INT8 activations (`activations.rotate`).
+        absmax: fp32 [N], largest magnitudes of the whole rows, where the weight is a part of their columns.
 
     Raises:
         TypeError: the dtype is none of the three.
         ValueError: the weight is not a matrix, holds NaN or Inf, or a row is too large for an fp16 scale. The message
-            names the tensor (`name`) and the row.
+            names the tensor and the row.
     """
-    if weight.dtype not in _WEIGHT_DTYPES:
-        raise TypeError(f"{name}: cannot quantize {weight.dtype}; accepted are float32, bfloat16 and float16")
-    if weight.dim() != 2:
-        raise ValueError(f"{name}: expected a matrix [N, K], got shape {list(weight.shape)}")
+    _check_weight(weight, name)
     values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(weight.shape[0], dtype=torch.float16, device=weight.device)
-    rows_per_block = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
-    for start in range(0, weight.shape[0], rows_per_block):
-        rows = slice(start, start + rows_per_block)
-        part = weight[rows].float() if block == 1 else rotate(weight[rows], block)
-        scale[rows] = _row_scale(_row_absmax(part, name, start), name, start)
+    for rows in _row_blocks(weight):
+        part = rotate(weight[rows], block)
+        largest = _absmax(part) if absmax is None else absmax[rows]
+        _refuse_rows(~torch.isfinite(largest), "holds NaN or Inf", name, rows.start)
+        scale[rows] = _row_scale(largest, name, rows.start)
         values[rows] = round_to_scale(part, scale[rows])
     return Int8Weight(values, scale)
 
 
-def _row_absmax(block: Tensor, name: str, first_row: int) -> Tensor:
-    """Largest magnitude of each row [n] of a non-empty fp32 block [n, K]; an error where a row has NaN or Inf."""
+def row_absmax(weight: Tensor, *, name: str = "weight", block: int = 1) -> Tensor:
+    """Largest magnitude of each row, fp32 [N], of a [N, K] weight rotated by `block`; arguments as `quantize_rowwise`.
+
+    NaN and Inf come out as they are.
+    """
+    _check_weight(weight, name)
+    largest = torch.empty(weight.shape[0], device=weight.device)
+    for rows in _row_blocks(weight):
+        largest[rows] = _absmax(rotate(weight[rows], block))
+    return largest
+
+
+def _check_weight(weight: Tensor, name: str) -> None:
+    if weight.dtype not in _WEIGHT_DTYPES:
+        raise TypeError(f"{name}: cannot quantize {weight.dtype}; accepted are float32, bfloat16 and float16")
+    if weight.dim() != 2:
+        raise ValueError(f"{name}: expected a matrix [N, K], got shape {list(weight.shape)}")
+
+
+def _row_blocks(weight: Tensor) -> Iterator[slice]:
+    rows_per_block = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], rows_per_block):
+        yield slice(start, start + rows_per_block)
+
+
+def _absmax(block: Tensor) -> Tensor:
+    """Largest magnitude of each row [n] of an fp32 block [n, K]."""
     if block.shape[1] == 0:
         return block.new_zeros(block.shape[0])
-    absmax = torch.linalg.vector_norm(block, ord=float("inf"), dim=1)
-    _refuse_rows(~torch.isfinite(absmax), "holds NaN or Inf", name, first_row)
-    return absmax
+    return torch.linalg.vector_norm(block, ord=float("inf"), dim=1)
 
 
 def _row_scale(absmax: Tensor, name: str, first_row: int) -> Tensor:
