@@ -122,7 +122,7 @@ def bench_kernels(
     int8 = shapes_with(select_shapes(shapes), lambda name: INT8_FORMS.get(name) in ops)
     if not weight_only and not int8:
         raise EvalError(f"--shapes {shapes} has nothing for --op {op}")
-    counts = parse_tokens(tokens) if tokens else COMPILE_TOKENS if compile_ else EVERY_COUNT
+    counts = parse_tokens(tokens) if tokens is not None else COMPILE_TOKENS if compile_ else EVERY_COUNT
     _require_gpu("kernels are")
     import torch
 
@@ -162,7 +162,7 @@ def bench_chain(
 
     Example: rowint8 bench chain --tokens 1,32,128,1100 --json chain.json
     """
-    counts = parse_tokens(tokens) if tokens else CHAIN_COUNTS
+    counts = parse_tokens(tokens) if tokens is not None else CHAIN_COUNTS
     _require_gpu("chains are")
     from rowint8.eval.kernels.chain import ChainBench
     from rowint8.eval.report.chain import chain_table
@@ -205,7 +205,7 @@ def tune(
     from rowint8.eval.kernels import tune as job
 
     chosen = job.model_shapes(model) if model else select_shapes(shapes)
-    counts = parse_tokens(tokens) if tokens else TOKENS
+    counts = parse_tokens(tokens) if tokens is not None else TOKENS
     _require_gpu("tiles are")
     import torch
 

@@ -99,7 +99,7 @@ def choose_setups(names: str | None, known: Mapping[str, Setup] = SETUPS) -> lis
     Raises:
         EvalError: one is unknown or named twice.
     """
-    chosen = names.split(",") if names else list(known)
+    chosen = list(known) if names is None else names.split(",")
     if unknown := [name for name in chosen if name not in known]:
         raise EvalError(f"--setups has {', '.join(unknown)}; accepted are {', '.join(known)}")
     if len(set(chosen)) < len(chosen):

@@ -24,7 +24,7 @@ THROUGHPUT_TOKENS = (100, 1024)
 MAX_BATCHED_TOKENS = 8192
 """Tokens that every engine computes in a step, at most."""
 GPU_MEMORY_UTILIZATION = 0.9
-MOST_TOKENS = 2**24
+MOST_TOKENS, MOST_REQUESTS = 2**24, 2**16
 """Tokens of all requests that are handed in together, at most."""
 _METRICS = ("ttft_ms", "itl_ms", "tpot_ms", "tok_s")
 
@@ -72,7 +72,9 @@ def parse_workloads(text: str) -> list[Workload]:
 
 
 def check_tokens(batch: int, tokens: int, what: str) -> None:
-    """Raises EvalError where a batch of so many requests of so many tokens is more than MOST_TOKENS."""
+    """Raises EvalError where a batch is of more than MOST_REQUESTS, or more than MOST_TOKENS with `tokens` for each."""
+    if batch > MOST_REQUESTS:
+        raise EvalError(f"{what}, which is {batch:,} requests; accepted are at most {MOST_REQUESTS:,} at once")
     if batch * tokens > MOST_TOKENS:
         raise EvalError(f"{what}, which is {batch * tokens:,} tokens; accepted are at most {MOST_TOKENS:,} at once")
 

@@ -98,9 +98,19 @@ def _write_weights(
 
 def _converted(path: Path, name: str, convert: Convert) -> Tensor | Int8Weight:
     try:
-        return convert(name, read_tensor(path, name, torch.device("cpu")))
+        converted = convert(name, read_tensor(path, name, torch.device("cpu")))
+        if isinstance(converted, Tensor) and not _is_finite(converted):
+            raise ValueError(f"{name} holds NaN or Inf, with which no model answers; fetch the model again")
+        return converted
     except (ValueError, TypeError, SafetensorError, OSError) as error:
         raise EvalError(f"{path}: {error}") from None
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or Inf, told without a copy. Tensors of 8 bits are none of a plain model's weights."""
+    if not tensor.is_floating_point() or tensor.itemsize == 1 or tensor.numel() == 0:
+        return True
+    return bool(torch.linalg.vector_norm(tensor, float("inf")).isfinite())
 
 
 def _write_json(path: Path, content: object) -> None:

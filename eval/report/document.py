@@ -3,6 +3,7 @@
 What is not measured is printed as TBD. New files of a known kind need no change here.
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -76,7 +77,8 @@ def documents(folder: Path, found: Found) -> dict[Path, str]:
     Raises:
         EvalError: a document cannot be read, or asks for a part that does not exist.
     """
-    beside = [folder.parent / name for name in _DOCUMENTS]
+    above = Path(os.path.normpath(folder / ".."))  # not folder.parent, which of "." is "." again
+    beside = [above / name for name in _DOCUMENTS]
     filled = {path: fill(_text(path), parts(found), path.name) for path in beside if path.is_file()}
     return {folder / "REPORT.md": report(found), **filled}
 

@@ -81,6 +81,8 @@ def read_results(path: Path) -> Results[Any]:
         EvalError: the file cannot be read, or is not of this form; the message names the first wrong place.
     """
     try:
+        if path.exists() and not path.is_file():  # reading a pipe or a device may never end
+            raise EvalError(f"cannot read {path}: it is no regular file")
         return _adapter().validate_json(path.read_bytes())
     except OSError as error:
         raise EvalError(f"cannot read {path}: {error.strerror}") from None

@@ -14,9 +14,11 @@ GIB = 2**30
 CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
 Name = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+_MOST = 1e15
+"""No count and no measurement in these units is larger; sums and products of some stay finite."""
+Count = Annotated[int, Field(ge=1, le=_MOST)]
+Positive = Annotated[float, Field(gt=0, le=_MOST)]
+NotNegative = Annotated[float, Field(ge=0, le=_MOST)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Dtype = Name
 """The arithmetic's, such as "bfloat16"."""
@@ -221,9 +223,17 @@ class ProfileRow:
 
     @model_validator(mode="after")
     def _parts_are_all(self) -> "ProfileRow":
-        if set(self.parts_ms) != set(PARTS):
-            raise ValueError(f"parts_ms must have {', '.join(PARTS)}")
+        host = {name: ms for name, ms in (self.host_ms or {}).items() if name != "detokenize"}
+        _require_keys("parts_ms", self.parts_ms, PARTS)
+        _require_keys("host_ms", host if self.host_ms is not None else None, ("schedule", "launch", "wait", "record"))
+        _require_keys("limit_ms", self.limit_ms, ("weights", "kv"))
         return self
+
+
+def _require_keys(field: str, values: dict[str, float] | None, keys: tuple[str, ...]) -> None:
+    """Raises ValueError unless there are no values or one of each key, and some above 0."""
+    if values is not None and (set(values) != set(keys) or not any(values.values())):
+        raise ValueError(f"{field} must have {', '.join(keys)}, and not all 0")
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)

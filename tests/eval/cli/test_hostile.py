@@ -93,6 +93,12 @@ def test_what_is_no_source_is_one_line(run, name):
         ("bench", "kernels", "--tokens", "\u0661"),
         ("bench", "kernels", "--shapes", MARKUP),
         ("tune", "--minutes", "inf"),
+        ("tune", "--tokens", ""),
+        ("bench", "chain", "--tokens", ""),
+        ("bench", "kernels", "--tokens", ""),
+        ("bench", "engine", "--setups", ""),
+        ("bench", "vllm", "--setups", ""),
+        ("profile", "--setups", ""),
     ],
     ids=short,
 )

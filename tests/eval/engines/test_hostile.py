@@ -147,12 +147,14 @@ def test_rates_beyond_all_measure_are_refused(rate):
     assert "--rates is " in refused(*COMMANDS[2], "--config", "tiny", "--rates", rate)
 
 
-@pytest.mark.parametrize("workload", ["999999999x1x1", "1x999999999x1", "1x1x999999999", "9999x9999x1", "9" * 5000])
+@pytest.mark.parametrize(
+    "workload", ["999999999x1x1", "65537x1x1", "1x999999999x1", "1x1x999999999", "9999x9999x1", "9" * 5000]
+)
 @pytest.mark.parametrize("command", COMMANDS[:2])
 def test_workloads_beyond_all_measure_are_refused(command, workload):
     assert "--workloads " in refused(*command, "--config", "tiny", "--workloads", workload)
 
 
-@pytest.mark.parametrize("batches", ["999999999", "1,16777216", "9" * 5000, "1,,2"])
+@pytest.mark.parametrize("batches", ["999999999", "65537", "1,16777216", "9" * 5000, "1,,2"])
 def test_batches_beyond_all_measure_are_refused(batches):
     assert "--batches " in refused(*COMMANDS[3], "--config", "tiny", "--batches", batches)

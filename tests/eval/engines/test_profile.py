@@ -192,8 +192,16 @@ def test_what_cannot_be_stops_the_report(row, change, message):
 
 
 def test_a_part_without_a_number_is_refused(row):
-    with pytest.raises(ValueError, match="parts_ms must have matmul, attention"):
-        replace(row, parts_ms={"matmul": 1.0})
+    for change in (
+        {"parts_ms": {"matmul": 1.0}},
+        {"parts_ms": dict.fromkeys(row.parts_ms, 0.0)},
+        {"host_ms": {"schedule": 1.0, "launch": 1.0, "wait": 1.0}},
+        {"host_ms": {}},
+        {"limit_ms": {"weights": 1.0}},
+        {"limit_ms": {"weights": 0.0, "kv": 0.0}},
+    ):
+        with pytest.raises(ValueError, match=f"{next(iter(change))} must have "):
+            replace(row, **change)
 
 
 def test_the_command_on_a_tiny_model(tmp_path):

@@ -178,6 +178,14 @@ REFUSED = {
         lambda model, out: edit(model, lambda t: t[f"{DOWN}.weight"].__setitem__((7, 3), float("nan"))),
         f"{DOWN}.weight: row 7 holds NaN or Inf",
     ),
+    "NaN in a norm": (
+        lambda model, out: edit(model, lambda t: t["model.norm.weight"].__setitem__(3, float("nan"))),
+        "model.norm.weight holds NaN or Inf",
+    ),
+    "Inf in an embedding": (
+        lambda model, out: edit(model, lambda t: t["model.embed_tokens.weight"].__setitem__((7, 3), -float("inf"))),
+        "model.embed_tokens.weight holds NaN or Inf",
+    ),
     "tensor missing": (lambda model, out: edit(model, lambda t: t.pop(f"{DOWN}.weight")), f"{DOWN}.weight is missing"),
     "truncated": (
         lambda model, out: (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-9]),

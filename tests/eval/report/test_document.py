@@ -336,6 +336,15 @@ def test_a_document_that_is_a_link_stays_one(tmp_path):
     assert "| of the limit |" in (tmp_path / "mine.md").read_text()
 
 
+def test_the_documents_beside_a_folder_are_found_from_inside_it(tmp_path, monkeypatch):
+    write(tmp_path / "results", "agreement-cpu", AGREEMENT)
+    (tmp_path / "README.md").write_text("")
+    monkeypatch.chdir(tmp_path / "results")
+    wanted = documents(tmp_path / "results", read_folder(tmp_path / "results"))
+    found = documents(Path(), read_folder(Path()))
+    assert {path.resolve(): text for path, text in found.items()} == wanted
+
+
 def test_a_document_that_is_no_text_is_one_line(tmp_path):
     write(tmp_path / "results", "agreement-cpu", AGREEMENT)
     (tmp_path / "README.md").write_bytes(b"\xff\xfe")

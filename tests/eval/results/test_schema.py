@@ -1,6 +1,7 @@
 """rowint8.eval.results: what is written is what is read, and what is wrong is refused with its place."""
 
 import json
+import os
 import shutil
 import subprocess
 from dataclasses import asdict, replace
@@ -46,8 +47,8 @@ ROW = GenerationRow(
 )
 RESULTS = Results(environment=ENVIRONMENT, command="rowint8 demo", rows=(ROW, replace(ROW, setup="int8")))
 
-positive = st.floats(min_value=1e-300, allow_nan=False, allow_infinity=False)
-counts = st.integers(min_value=1, max_value=2**53)
+positive = st.floats(min_value=1e-300, max_value=1e15, allow_nan=False, allow_infinity=False)
+counts = st.integers(min_value=1, max_value=10**15)
 texts = st.text(st.characters(codec="utf-8"), min_size=1)
 
 
@@ -95,6 +96,9 @@ def test_keys_are_those_that_later_measurements_rely_on(tmp_path):
         ({"ttft_ms": True}, "rows.1.ttft_ms: .*valid number"),
         ({"batch": 0}, "rows.1.batch: "),
         ({"batch": 1.5}, "rows.1.batch: .*integer"),
+        ({"batch": 10**400}, "rows.1.batch: "),
+        ({"prompt_tokens": 10**30}, "rows.1.prompt_tokens: .*less than"),
+        ({"ttft_ms": 1e300}, "rows.1.ttft_ms: .*less than"),
         ({"engine": "llama.cpp"}, "rows.1.engine: .*'baseline', 'vllm' or 'transformers'.*llama.cpp"),
         ({"setup": ""}, "rows.1.setup: "),
         ({"itl_ms": None}, "itl_ms and tpot_ms may be null only where output_tokens is 1"),
@@ -142,6 +146,10 @@ def test_files_that_are_no_results_are_refused(tmp_path, text, message):
 def test_absent_and_empty_results_are_refused(tmp_path):
     with pytest.raises(EvalError, match=r"cannot read .*No such file"):
         read_results(tmp_path / "none.json")
+    os.mkfifo(tmp_path / "pipe.json")
+    for special in (tmp_path / "pipe.json", Path("/dev/zero"), tmp_path):
+        with pytest.raises(EvalError, match="it is no regular file"):
+            read_results(special)
     with pytest.raises(ValueError, match="rows is empty"):
         Results(environment=ENVIRONMENT, command="c", rows=())
 
