@@ -48,7 +48,8 @@ def quantize_tokens(tokens: Tensor, block: int) -> tuple[Tensor, Tensor]:
     absmax = rotated.abs().amax(-1) if rotated.shape[-1] else rotated.new_zeros(rotated.shape[:-1])
     finite = absmax.isfinite()
     absmax = absmax.clamp(min=LEAST_ABSMAX)
-    q = (rotated * (INT8_MAX / absmax)[..., None]).round_().where(finite[..., None], 0).to(torch.int8)
+    inverse = torch.full_like(absmax, INT8_MAX) / absmax  # of a Python number torch would take the reciprocal first
+    q = (rotated * inverse[..., None]).round_().where(finite[..., None], 0).to(torch.int8)
     return q, (absmax * scale_factor(block)).where(finite, math.nan)
 
 

@@ -1,18 +1,37 @@
-"""The operators of INT8 activations on the CPU, over oneDNN's INT8 product.
+"""The operators of INT8 activations on the CPU: oneDNN's INT8 product between two functions in C (`cpu_int8.c`).
 
-The bits are those of `activations`, whatever the number of tokens.
+The bits are those of `activations`, whatever the number of tokens. Without a C compiler plain torch does the same.
 """
+
+from ctypes import c_float, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from rowint8.kernels import cpu
-from rowint8.kernels.activations import quantize_tokens
+from rowint8.kernels import activations, cpu
+from rowint8.kernels.cpu_build import library
 
-__all__ = ["add_rms_norm", "linear", "quantize_tokens", "swiglu"]
-
+_PER_THREAD = 1 << 14
+"""Elements below which a second thread takes longer to start than it saves."""
+_PLAIN = (torch.float32, torch.bfloat16)
+"""Dtypes that the C functions read and write; fp16 is converted."""
 _product = torch._int_mm  # pyright: ignore[reportPrivateImportUsage]
+
+
+def quantize_tokens(tokens: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Contiguous [M, K]; see `ops.quantize_tokens`."""
+    if (built := library()) is None or 1 < block < activations.SMALLEST_BLOCK:
+        return activations.quantize_tokens(tokens, block)
+    tokens = tokens if tokens.dtype in _PLAIN else tokens.float()
+    (m, k), threads = tokens.shape, _threads(tokens.numel())
+    q, scale = torch.empty(m, k, dtype=torch.int8), torch.empty(m)
+    room = torch.empty(threads, k)
+    least, factor = c_float(activations.LEAST_ABSMAX), c_float(activations.scale_factor(block))
+    built.quantize_tokens(
+        *_typed(tokens), *map(c_int64, (m, k, block)), least, factor, *map(_at, (room, q, scale)), threads
+    )
+    return q, scale
 
 
 def add_rms_norm(
@@ -27,20 +46,52 @@ def linear(
     tokens: Tensor, token_scale: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """[M, K] -> [M, N]; see `ops.linear_int8`."""
-    return _scaled(tokens, token_scale, values, scale, bias).to(dtype)
+    sums = _sums(tokens, values)
+    if (built := library()) is None:
+        return _scaled(sums, token_scale, scale, bias).to(dtype)
+    out = torch.empty(sums.shape, dtype=dtype if dtype in _PLAIN else torch.float32)
+    wide = None if bias is None else bias.float().contiguous()
+    given = (_at(sums), _at(token_scale), _at(scale.contiguous()), None if wide is None else _at(wide))
+    built.scale_sums(*given, *map(c_int64, sums.shape), *_typed(out), _threads(sums.numel()))
+    return out.to(dtype)
 
 
 def swiglu(tokens: Tensor, token_scale: Tensor, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """[M, K] -> [M, I]; see `ops.swiglu_int8`."""
-    gate, up = _scaled(tokens, token_scale, values, scale, None).chunk(2, dim=-1)
-    return (silu(gate) * up).to(dtype)
+    sums = _sums(tokens, values)
+    if (built := library()) is None:
+        gate, up = _scaled(sums, token_scale, scale, None).chunk(2, dim=-1)
+        return (silu(gate) * up).to(dtype)
+    m, width = len(sums), sums.shape[1] // 2
+    out = torch.empty(m, width, dtype=dtype if dtype in _PLAIN else torch.float32)
+    given = (_at(sums), _at(token_scale), _at(scale.contiguous()))
+    built.swiglu_sums(*given, c_int64(m), c_int64(width), *_typed(out), _threads(sums.numel()))
+    return out.to(dtype)
 
 
-def _scaled(tokens: Tensor, token_scale: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """fp32 [M, N]."""
+def _sums(tokens: Tensor, values: Tensor) -> Tensor:
+    """int32 [M, N], exact."""
     columns = values.T if values.shape[1] > 1 else values.view(values.shape[::-1])  # strides (1, 1) are misread
-    by_row = _product(tokens, columns).float() * scale
+    return _product(tokens, columns)
+
+
+def _scaled(sums: Tensor, token_scale: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """fp32 [M, N]."""
+    by_row = sums.float() * scale
     if bias is None:
         return token_scale[:, None] * by_row
     # fp64 holds the product of two fp32 numbers exactly, so this is one fused multiply-add but for ties of fp64
     return (token_scale.double()[:, None] * by_row + bias).float()
+
+
+def _at(tensor: Tensor) -> c_void_p:
+    return c_void_p(tensor.data_ptr())
+
+
+def _typed(tensor: Tensor) -> tuple[c_void_p, int]:
+    """Address, and whether bf16."""
+    return _at(tensor), int(tensor.dtype == torch.bfloat16)
+
+
+def _threads(elements: int) -> int:
+    return max(1, min(torch.get_num_threads(), elements // _PER_THREAD))

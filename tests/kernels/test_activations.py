@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rowint8.kernels import ops, reference
+from rowint8.kernels import cpu_int8, ops, reference
 from rowint8.kernels.activations import LARGEST_K, quantize_tokens, rotate, rotation_block, scale_factor
+from rowint8.kernels.cpu_build import library
 from rowint8.kernels.quantize import Int8Weight, dequantize, quantize_rowwise
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -183,6 +184,43 @@ def test_the_norm_hands_out_what_rounding_after_it_would(dtype, h, block):
     together = ops.add_rms_norm_int8(x, residual, weight, EPS, block)
     for one, other in zip(together, (*ops.quantize_tokens(normed, block), total), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_without_a_compiler_the_bits_are_the_same(assert_matches, monkeypatch, dtype, bias):
+    assert library() is not None, "this machine has no C compiler"
+    x = torch.randn(33, 576).to(dtype)
+    weight, b = quantize_rowwise(torch.randn(97, 576), block=64), torch.randn(97) if bias else None
+
+    def run():
+        tokens = ops.quantize_tokens(x, 64)
+        return *tokens, ops.linear_int8(*tokens, *weight, b, dtype)
+
+    built = run()
+    monkeypatch.setattr(cpu_int8, "library", lambda: None)
+    for one, other in zip(built, run(), strict=True):
+        assert torch.equal(one, other)
+    gates = Int8Weight(weight.values[:96], (weight.scale[:96] / 32).half())
+    tokens = ops.quantize_tokens(x, 64)
+    exact = reference.swiglu_int8(*tokens, gates)
+    assert_matches(ops.swiglu_int8(*tokens, *gates, dtype), exact, exact.abs())
+
+
+@pytest.mark.parametrize(("compiler", "reason"), [("false", ""), ("no-such-cc", "no-such-cc"), (None, "no cc")])
+def test_where_nothing_can_be_built_one_warning_says_why(monkeypatch, tmp_path, caplog, compiler, reason):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if compiler is None:
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.setenv("PATH", str(tmp_path))
+    else:
+        monkeypatch.setenv("CC", compiler)
+    with caplog.at_level("WARNING"):
+        assert library.__wrapped__() is None
+    assert len(caplog.messages) == 1
+    assert "run in plain torch" in caplog.text
+    assert reason in caplog.text
+    assert list(tmp_path.glob("rowint8/*")) == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
