@@ -39,6 +39,41 @@ _QWEN_2_5: dict[str, Any] = {
     "tie_word_embeddings": True,
     "torch_dtype": "bfloat16",
 }
+_QWEN_3_MOE: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_act": "silu",
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+_MIXTRAL: dict[str, Any] = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "hidden_act": "silu",
+    "vocab_size": 32000,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
 
 
 def _shaped(
@@ -54,6 +89,9 @@ MODELS = {
     "qwen2.5-0.5b": _shaped(_QWEN_2_5, 896, 4864, 24, 14, 2),
     "qwen2.5-1.5b": _shaped(_QWEN_2_5, 1536, 8960, 28, 12, 2, max_position_embeddings=131072),
     "qwen2.5-7b": _shaped(_QWEN_2_5, 3584, 18944, 28, 28, 4, vocab_size=152064, tie_word_embeddings=False),
+    "qwen3-30b-a3b": _shaped(_QWEN_3_MOE, 2048, 6144, 48, 32, 4, moe_intermediate_size=768),
+    "qwen3-235b-a22b": _shaped(_QWEN_3_MOE, 4096, 12288, 94, 64, 4, moe_intermediate_size=1536),
+    "mixtral-8x7b": _shaped(_MIXTRAL, 4096, 14336, 32, 32, 8),
     "tiny": _shaped(_LLAMA_3_1, 128, 256, 2, 2, 2, vocab_size=512, bos_token_id=1, eos_token_id=2),
 }
 """config.json of each model; "tiny" is for trying a command."""

@@ -6,7 +6,17 @@ from typing import Annotated, Optional
 import typer
 
 from rowint8.eval.cli.kernels import bench_chain, bench_kernels
-from rowint8.eval.cli.options import Config, Eager, Layers, Model, Repeats, Sequences, TensorParallelSize, Workloads
+from rowint8.eval.cli.options import (
+    Config,
+    Eager,
+    ExpertParallel,
+    Layers,
+    Model,
+    Repeats,
+    Sequences,
+    TensorParallelSize,
+    Workloads,
+)
 from rowint8.eval.cli.output import Append, Json, Kept, say, warn_if_busy
 from rowint8.eval.engines import speed
 from rowint8.eval.engines.setups import SERVED, SETUPS, choose_setups, ladder, ladder_help, model_folder, vocab_size
@@ -27,6 +37,7 @@ def bench_vllm(
     config: Config = None,
     layers: Layers = None,
     tensor_parallel_size: TensorParallelSize = 1,
+    enable_expert_parallel: ExpertParallel = False,
     workloads: Workloads = speed.VLLM_WORKLOADS,
     repeats: Repeats = 3,
     enforce_eager: Eager = False,
@@ -36,6 +47,8 @@ def bench_vllm(
     """Time whole vLLM engines, offline: rowint8 beside bf16, fp8 and other 8-bit weights, each in a process of its own.
 
     Example: rowint8 bench vllm --setups bf16,rowint8,fp8 --json vllm.json
+
+    Example: rowint8 bench vllm --config qwen3-30b-a3b --layers 24 --setups bf16,rowint8
     """
     from rowint8.eval.engines import vllm as job
     from rowint8.eval.report.vllm import setup_table, speed_table
@@ -46,11 +59,12 @@ def bench_vllm(
     kept = Kept(json_file, VllmRow, append)
     with model_folder(model, config, layers) as (folder, loading):
         requests = speed.make_requests(sizes, vocab_size(folder))
-        llm = {**loading, **job.llm_arguments(folder, sizes, tensor_parallel_size, enforce_eager)}
+        parallel = tensor_parallel_size, enforce_eager, enable_expert_parallel
+        llm = {**loading, **job.llm_arguments(folder, sizes, *parallel)}
 
         def run(name: str) -> list[VllmRow]:
             start = time.monotonic()
-            result = speed.run_setup(SETUPS[name], llm, requests, repeats, timeout=job.SETUP_TIMEOUT)
+            result = speed.run_setup(SETUPS[name], llm, requests, repeats, bool(loading), job.SETUP_TIMEOUT)
             rows = job.setup_rows(name, requests, result)
             say(job.summary(rows, time.monotonic() - start))
             return rows
@@ -61,7 +75,7 @@ def bench_vllm(
 
 @bench.command("serve")
 def bench_serve(
-    setups: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(SERVED)}.")] = "bf16,rowint8,fp8",
+    setups: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(SERVED)}.")] = "bf16,rowint8,rowint8-a8,fp8",
     model: Model = None,
     config: Config = None,
     layers: Layers = None,
@@ -83,7 +97,7 @@ def bench_serve(
     from rowint8.eval.report.serve import serve_table
     from rowint8.eval.results.schema import ServeRow
 
-    names, sent_at = choose_setups(setups, SERVED), job.parse_rates(rates, seconds)
+    names, sent_at = _installed(choose_setups(setups, SERVED)), job.parse_rates(rates, seconds)
     load = job.Load(prompt_tokens, output_tokens, seconds, job.parse_goodput(goodput))
     warn_if_busy()
     kept = Kept(json_file, ServeRow, append)
@@ -142,9 +156,9 @@ def _installed(names: list[str]) -> list[str]:
     from rowint8.eval.processes import require_package
 
     require_package("vllm", "run `pip install 'rowint8[vllm]'`")
-    absent = [name for name in names if not SETUPS[name].installed]
-    for name in absent:
-        say(f"without {name}: the package {SETUPS[name].package} is not installed")
-    if len(absent) == len(names):
+    lacking = {name: reason for name in names if (reason := SETUPS[name].lacks())}
+    for name, reason in lacking.items():
+        say(f"without {name}: {reason}")
+    if len(lacking) == len(names):
         raise EvalError("no setup of --setups can run here")
-    return [name for name in names if name not in absent]
+    return [name for name in names if name not in lacking]

@@ -25,3 +25,6 @@ Sequences = Annotated[
 ]
 TensorParallelSize = Annotated[int, typer.Option(min=1, max=1024, help="GPUs that a model is split over.")]
 Eager = Annotated[bool, typer.Option("--enforce-eager", help="No compilation, no CUDA graphs: a quick trial.")]
+ExpertParallel = Annotated[
+    bool, typer.Option("--enable-expert-parallel", help="Give each GPU whole experts, instead of a part of each.")
+]

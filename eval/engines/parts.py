@@ -15,19 +15,24 @@ from rowint8.eval.results.schema import PARTS
 _KERNELS = {
     "attention": r"(?<!reshape_and_cache_)flash|fmha|attention|attn|sdpa",
     "sampling": r"maxops|arg_?max|top_?[kp]|sort|softmax|multinomial|cumsum|scan|searchsorted|sampl",
-    "matmul": r"^(one_token|few_tokens|many_tokens|hopper)_kernel"
-    r"|nvjet|gemm|gemv|matmul|splitkreduce|cutlass|marlin|machete|^triton_tem|^triton_(red|per)_.*_(add)?mm_",
+    "matmul": r"nvjet|gemm|gemv|matmul|splitkreduce|cutlass|marlin|machete|^triton_tem|^triton_(red|per)_.*_(add)?mm_",
     "norm": r"norm|rsqrt",
     "copies": r"memcpy|memset|copy_kernel|gather|index_?select|catarray",
     "elementwise": r"elementwise|^triton_|act_and_mul|silu|rotary|reshape_and_cache|reduce_kernel|index",
 }
+_OURS = {
+    "matmul": r"^(one_token|few_tokens|many_tokens|hopper|int8|count|sort|grouped|pairs_gate_up|pairs_down|sum)_kernel",
+    "norm": r"^_int8_tokens_kernel",
+}
+"""This project's kernels whose names would say something else or nothing: products, those of experts with their
+routing, and the rounding of tokens, which a norm may be fused into."""
 _COMPILED = "CompiledFxGraph"
 """In the name of what torch.compile fused on the CPU, norms among it: elementwise, as nothing in the name says more."""
 _OPERATORS = {
     "attention": r"scaled_dot_product|attention",
     "sampling": r"argmax|aten::max$|topk|sort|softmax|cumsum|searchsorted|multinomial",
     "matmul": r"^rowint8::(linear|swiglu)|(::|_)(linear|matmul|mm|addmm|bmm)$|_linear_pointwise",
-    "norm": r"norm",
+    "norm": r"norm|^rowint8::quantize_tokens$",
     "copies": r"aten::(to|copy_|_to_copy|clone|contiguous|cat|embedding|index_select|index|gather)$",
     "elementwise": r"aten::(add|sub|mul|div|addcmul|silu|sin|cos|neg|roll|where|pow|amax|sum|index_copy"
     r"|index_put|masked_fill|ge|gt|le|lt|clamp|bitwise_and|bitwise_not|zeros_like|fill)_?$",
@@ -53,7 +58,7 @@ class Work(NamedTuple):
 
 def kernel_part(name: str) -> str:
     """The part of a CUDA kernel, copy or fill; "other" where its name says nothing."""
-    return _part(_KERNELS, name) or "other"
+    return _part(_OURS, name) or _part(_KERNELS, name) or "other"
 
 
 def device_work(intervals: Iterable[Interval]) -> list[Work]:

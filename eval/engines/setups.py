@@ -2,16 +2,18 @@
 
 import importlib.util
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rowint8.eval.errors import EvalError
 from rowint8.eval.models import DEFAULT_MODEL, MODELS
-from rowint8.eval.quantize.formats import packed_config
+from rowint8.eval.quantize.formats import packed_config, w8a8_config
 
 if TYPE_CHECKING:
     from rowint8.eval.results.schema import EngineName
@@ -28,36 +30,57 @@ class Setup:
     """What must be installed besides the engine, by its import name."""
     engine: "EngineName" = "vllm"
 
-    @property
-    def installed(self) -> bool:
-        return self.package is None or importlib.util.find_spec(self.package) is not None
+    def lacks(self) -> str | None:
+        """What this machine does not have for it, in a few words; None where it can run."""
+        if self.package and importlib.util.find_spec(self.package) is None:
+            return f"the package {self.package} is not installed"
+        method = self.arguments.get("quantization", "rowint8")
+        if self.engine != "vllm" or method in ("rowint8", *vllm_methods()):
+            return None
+        return f"vLLM {version('vllm')} has no --quantization {method}"
+
+
+def vllm_methods() -> list[str]:
+    """The ways of quantizing that the installed vLLM knows by itself."""
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+    return list(QUANTIZATION_METHODS)
 
 
 MOST = 2**24
 """The largest size that a config.json may give."""
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+_EXPERTS = ("num_experts", "num_local_experts", "moe_intermediate_size")
 _INT8 = {"quantization": "rowint8"}
 
 
-def _rowint8(**options: bool) -> Setup:
+def _rowint8(**options: Any) -> Setup:
     config = {"quant_method": "rowint8", "serialized": False, **options}
     return Setup({"hf_overrides": {"quantization_config": config}})
+
+
+def _checkpoint(config: dict[str, Any]) -> Setup:
+    """A compressed-tensors checkpoint. It would have to be made first, so its weights are dummies whatever the model."""
+    return Setup({"load_format": "dummy", "hf_overrides": {"quantization_config": config}})
 
 
 SETUPS = {
     "bf16": Setup({}),
     "rowint8": Setup(_INT8),
+    "rowint8-a8": _rowint8(activations="int8"),
     "rowint8-no-norm": _rowint8(fuse_norm=False),
     "rowint8-unfused": _rowint8(fuse_swiglu=False, fuse_norm=False),
     "rowint8-lm-head": _rowint8(lm_head=True),
     "fp8": Setup({"quantization": "fp8"}),
-    "w8a16": Setup({"load_format": "dummy", "hf_overrides": {"quantization_config": packed_config(())}}),
+    "fp8_per_channel": Setup({"quantization": "fp8_per_channel"}),
+    "w8a8": _checkpoint(w8a8_config()),
+    "w8a16": _checkpoint(packed_config(())),
     "humming": Setup(
         {"quantization": "humming"}, {"VLLM_HUMMING_ONLINE_QUANT_CONFIG": '{"dtype": "int8"}'}, package="humming"
     ),
 }
-"""vLLM's, all in bf16 arithmetic. w8a16 is a compressed-tensors checkpoint, INT8 with one scale a row: it would have to
-be made first, so its weights are dummies whatever the model."""
+"""vLLM's, all in bf16 arithmetic but for the products of rowint8-a8 (INT8 of both operands), fp8 (a scale a tensor),
+fp8_per_channel (a scale a row and a token) and w8a8 (vLLM's own INT8, a scale a row and a token)."""
 SERVED = {name: setup for name, setup in SETUPS.items() if not setup.env}
 """Those that need nothing but flags of `vllm serve`."""
 
@@ -75,6 +98,7 @@ def ladder(gpu: bool) -> dict[str, Setup]:
         "bf16-graph": {"mode": "graph"},
         "int8": {**fused, "fused": False},
         "int8-fused": fused,
+        "int8-a8": {**fused, "activations": "int8"},
         "int8-fused-decode-graphs": {**fused, "prompt_graph_tokens": 0},
         "int8-fused-lm-head": {**fused, "int8_lm_head": True},
     }
@@ -186,12 +210,16 @@ def _sizes(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_what_no_memory_holds(config: dict[str, Any]) -> None:
-    """Raises EvalError where the embedding in bf16 and two INT8 matrices a layer are more than this machine holds."""
+    """Raises EvalError where the embedding in bf16 and two INT8 matrices a layer, or an expert, are more than this
+    machine holds."""
     import psutil
     import torch
 
     vocab, hidden, intermediate, layers = ({**dict.fromkeys(_SIZES, 1), **_sizes(config)}).values()
-    least = 2 * hidden * (vocab + layers * intermediate)
+    experts = [config[key] for key in _EXPERTS if type(config.get(key)) is int]
+    if len(experts) == 2:  # their number and their own width
+        intermediate = math.prod(experts)
+    least = 2 * hidden * (vocab + layers * intermediate * (experts[0] if len(experts) == 1 else 1))
     cards = [torch.cuda.get_device_properties(card).total_memory for card in range(torch.cuda.device_count())]
     memory = sum(cards) or psutil.virtual_memory().total
     if least > memory:

@@ -16,7 +16,7 @@ from rowint8.eval.errors import EvalError
 from rowint8.eval.kernels.shapes import is_count
 from rowint8.eval.processes import run_worker, vllm_environment
 
-VLLM_WORKLOADS = "1x128x128,8x128x128,32x128x128,128x128x128,8x1024x1,1x2048x1"
+VLLM_WORKLOADS = "1x128x128,8x128x128,32x128x128,128x128x128,256x128x128,8x1024x1,1x1100x1,1x2048x1,1x3000x1"
 ENGINE_WORKLOADS = "1x128x128,8x128x128,32x128x128"
 THROUGHPUT_SEQUENCES = 256
 THROUGHPUT_TOKENS = (100, 1024)
@@ -116,7 +116,7 @@ def run_setup(
 
     Args:
         arguments: of the engine, besides the setup's own.
-        dummy: the weights are random.
+        dummy: the weights are random. vLLM then draws experts uniformly.
         timeout: seconds for the setup, its start included.
 
     Raises:
@@ -130,7 +130,10 @@ def run_setup(
     }
     # On the CPU all cores, as nothing is served. vLLM's engine core has a process of its own, as everywhere in vLLM.
     ranks = arguments.get("tensor_parallel_size", 1)
-    environment = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", **vllm_environment(ranks), **setup.env}
+    settings = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+    if dummy:  # a router of random weights may send all tokens to few experts, of which fewer bytes are read
+        settings["VLLM_MOE_ROUTING_SIMULATION_STRATEGY"] = "uniform_random"
+    environment = {**settings, **vllm_environment(ranks), **setup.env}
     return run_worker(speed_worker.bench, request, environment, timeout)
 
 

@@ -12,7 +12,13 @@ SETUP_TIMEOUT = 1200.0
 """Seconds for one setup, its start included."""
 
 
-def llm_arguments(model: Path, workloads: Sequence[Workload], tensor_parallel_size: int, eager: bool) -> dict[str, Any]:
+def llm_arguments(
+    model: Path,
+    workloads: Sequence[Workload],
+    tensor_parallel_size: int,
+    eager: bool,
+    expert_parallel: bool = False,
+) -> dict[str, Any]:
     """Arguments of `vllm.LLM` that all setups share. CUDA graphs are captured for the measured batches only."""
     arguments: dict[str, Any] = {
         "model": str(model),
@@ -23,6 +29,7 @@ def llm_arguments(model: Path, workloads: Sequence[Workload], tensor_parallel_si
         "gpu_memory_utilization": GPU_MEMORY_UTILIZATION,
         "tensor_parallel_size": tensor_parallel_size,
         "enforce_eager": eager,
+        "enable_expert_parallel": expert_parallel,
     }
     decoding = {workload.batch for workload in workloads if workload.output_tokens > 1}
     if decoding and not eager:

@@ -1,8 +1,8 @@
 """A model's layers with attention left out, in one CUDA graph: what an engine feels of the products and norms.
 
 A layer is norm, qkv, o, norm, gate_up, SiLU and product, down; every layer has weights of its own, as in a model, so
-none is found in the L2 cache. o reads the first values that qkv wrote. With INT8 activations of ours the norm hands out
-rounded tokens, and o and down round theirs; the others' products all do. The chains of all formats are replayed in turns
+none is found in the L2 cache. o reads the first values that qkv wrote. With INT8 tokens our norm hands out rounded
+ones, while o and down round theirs, as all products of the others do. The chains of all formats are replayed in turns
 (`rowint8.eval.kernels.timing`), each against bf16's. Beside them each product is timed *alone*: its calls on the
 weights of all layers, one after the other. In a chain a call follows one of another kind, so it can start less early,
 and finds its input where that one left it; the difference is what a benchmark of calls does not show.

@@ -50,13 +50,25 @@ def packed_tensors(layer: str, weight: "Int8Weight") -> "dict[str, Tensor]":
     }
 
 
+_ROWS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+
+
 def packed_config(ignore: Sequence[str]) -> dict[str, Any]:
-    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    return _compressed("pack-quantized", {"weights": _ROWS}, ignore)
+
+
+def w8a8_config() -> dict[str, Any]:
+    """INT8 rows that vLLM multiplies by INT8 tokens, each with a scale of its own."""
+    tokens = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    return _compressed("int-quantized", {"weights": _ROWS, "input_activations": tokens}, ())
+
+
+def _compressed(form: str, group: dict[str, Any], ignore: Sequence[str]) -> dict[str, Any]:
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": form,
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "config_groups": {"group_0": {"targets": ["Linear"], **group}},
         "ignore": ["lm_head", *ignore],
     }
 

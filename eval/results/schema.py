@@ -26,8 +26,9 @@ EngineName = Literal["baseline", "vllm", "transformers"]
 
 PARTS: tuple[str, ...] = ("matmul", "attention", "norm", "elementwise", "sampling", "copies", "other", "gaps")
 """Parts of a decode step. matmul: products with a weight, and the dequantization and whatever else is fused into them.
-norm: RMSNorm and what is fused into it. elementwise: all other arithmetic on activations (RoPE, SiLU, sums), and the
-writing of new keys and values into the cache. copies: moves, casts, gathers and embeddings. gaps: none of these ran."""
+norm: RMSNorm and what is fused into it, and the rounding of tokens to INT8. elementwise: all other arithmetic on
+activations (RoPE, SiLU, sums), and the writing of new keys and values into the cache. copies: moves, casts, gathers and
+embeddings. gaps: none of these ran."""
 CHAIN_PRODUCTS: tuple[str, ...] = ("qkv", "o", "gate_up", "down")
 
 

@@ -86,7 +86,7 @@ def test_help_names_every_setup(monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     shown = CliRunner().invoke(cli.app, ["bench", "serve", "--help"]).stdout
     assert ", ".join(SERVED) in shown
-    assert "[default: bf16,rowint8,fp8]" in shown
+    assert "[default: bf16,rowint8,rowint8-a8,fp8]" in shown
     assert "Example: rowint8 bench serve" in shown
 
 

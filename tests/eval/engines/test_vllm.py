@@ -139,8 +139,10 @@ def test_wrong_workloads_are_refused(text):
 
 def test_arguments_fit_the_workloads(tmp_path):
     arguments = llm_arguments(tmp_path, parse_workloads(VLLM_WORKLOADS), 2, eager=False)
-    assert arguments["compilation_config"] == {"cudagraph_capture_sizes": [1, 8, 32, 128]}
-    assert (arguments["max_num_seqs"], arguments["max_model_len"], arguments["tensor_parallel_size"]) == (128, 2049, 2)
+    assert arguments["compilation_config"] == {"cudagraph_capture_sizes": [1, 8, 32, 128, 256]}
+    assert (arguments["max_num_seqs"], arguments["max_model_len"], arguments["tensor_parallel_size"]) == (256, 3001, 2)
+    assert not arguments["enable_expert_parallel"]
+    assert llm_arguments(tmp_path, [TWO_BY_THREE], 4, False, expert_parallel=True)["enable_expert_parallel"]
     assert "compilation_config" not in llm_arguments(tmp_path, [Workload(8, 16, 1)], 1, eager=False)
     assert "compilation_config" not in llm_arguments(tmp_path, [TWO_BY_THREE], 1, eager=True)
 
@@ -183,6 +185,9 @@ def test_options_of_the_rowint8_setups_are_those_of_the_plugin():
         ("llama-3.1-70b", 70_553_706_496),
         ("qwen2.5-0.5b", 494_032_768),
         ("qwen2.5-1.5b", 1_543_714_304),
+        ("qwen3-30b-a3b", 30_532_122_624),
+        ("qwen3-235b-a22b", 235_093_634_560),
+        ("mixtral-8x7b", 46_702_792_704),
     ],
 )
 def test_shapes_are_those_of_the_published_models(tmp_path, name, parameters):
@@ -322,6 +327,7 @@ def test_the_worker_gets_the_setup(stand_in, tmp_path):
     assert request == {"engine": "vllm", "arguments": llm, "dummy": True, "workloads": [runs]}
     env = (tmp_path / "env").read_text().splitlines()
     assert {"ROWINT8_TEST=there", "VLLM_CPU_NUM_OF_RESERVED_CPU=0", "VLLM_NO_USAGE_STATS=1"} <= set(env)
+    assert "VLLM_MOE_ROUTING_SIMULATION_STRATEGY=uniform_random" in env
 
 
 def test_a_result_counts_even_if_vllm_fails_to_stop(stand_in):
@@ -348,11 +354,32 @@ def test_a_setup_that_hangs_is_ended_with_its_children(stand_in, tmp_path):
         time.sleep(0.05)
 
 
-def test_absent_packages_are_said(monkeypatch):
+def test_setups_that_cannot_run_are_said(monkeypatch):
     pytest.importorskip("vllm")
     monkeypatch.setitem(bench_vllm_setups.SETUPS, "other", Setup({}, package="no_such_package"))
-    done = CliRunner().invoke(cli.app, ["bench", "vllm", "--setups", "other"])
+    monkeypatch.setattr(bench_vllm_setups, "vllm_methods", lambda: ["fp8"])
+    monkeypatch.setattr(bench_vllm_setups, "version", lambda name: "0.26.0")
+    done = CliRunner().invoke(cli.app, ["bench", "vllm", "--setups", "other,fp8_per_channel"])
     assert "no setup of --setups can run here" in str(done.exception)
+    assert "without other: the package no_such_package is not installed\n" in done.stderr
+    assert "without fp8_per_channel: vLLM 0.26.0 has no --quantization fp8_per_channel\n" in done.stderr
+    assert [SETUPS[name].lacks() for name in ("bf16", "rowint8", "rowint8-a8", "fp8", "w8a8")] == [None] * 5
+
+
+def test_vllm_takes_the_w8a8_of_compressed_tensors():
+    pytest.importorskip("vllm")
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+
+    config = SETUPS["w8a8"].arguments["hf_overrides"]["quantization_config"]
+    (scheme,) = CompressedTensorsConfig.from_config(config).target_scheme_map.values()
+    assert (scheme["weights"].strategy, scheme["input_activations"].strategy) == ("channel", "token")
+    assert scheme["input_activations"].dynamic
+
+
+@pytest.mark.parametrize(("name", "layers"), [("qwen3-235b-a22b", 10_000), ("mixtral-8x7b", 20_000)])
+def test_experts_count_among_what_no_memory_holds(name, layers):
+    with pytest.raises(EvalError, match=r"the weights take [0-9,]+ GiB or more"), model_folder(None, name, layers):
+        pass
 
 
 @pytest.mark.vllm
