@@ -5,6 +5,7 @@ Each checkpoint tensor is mapped from its file, copied or quantized into its pla
 weights, loading holds one tensor.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -52,8 +53,11 @@ class StoredInt8Format(WeightFormat):
         return StoredInt8Linear(in_features, out_features, bias, self.dtype, self.device)
 
 
-def resolve_folder(model: str) -> Path:
+def resolve_folder(model: str, files: Sequence[str] = HUB_FILES) -> Path:
     """The folder of `model`: a local one as it is, or a hub repository's snapshot ("owner/name"), fetched if need be.
+
+    Args:
+        files: names or patterns of what is fetched.
 
     Raises:
         EngineError: it is neither, or the hub cannot be reached.
@@ -70,7 +74,7 @@ def resolve_folder(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(model, allow_patterns=list(files)))
     except Exception as error:  # network, hub and cache errors have no common base class
         reason = str(error).split("\n")[0] or type(error).__name__
         raise EngineError(

@@ -27,7 +27,7 @@ EVAL_FLOORS = (
     "demo_model",
     "kernels",
     "engines",
-    "demo matrix",
+    "demo doctor matrix",
     "quality",
     "plots",
     "report",

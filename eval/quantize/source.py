@@ -7,14 +7,14 @@ hold in another shape, and files that lie outside the checkpoint's folder.
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
-from rowint8.baseline_engine.checkpoint import read_header, resolve_folder, shard_paths
+from rowint8.baseline_engine.checkpoint import HUB_FILES, read_header, resolve_folder, shard_paths
 from rowint8.baseline_engine.errors import EngineError, one_line, shown
 from rowint8.baseline_engine.files import read_json, require_file
 from rowint8.eval.errors import EvalError
@@ -58,10 +58,10 @@ class Source:
         return sum(map(len, self.shards.values()))
 
 
-def source_folder(model: str) -> Path:
-    """The folder of a local or hub checkpoint; EvalError where it is neither."""
+def source_folder(model: str, files: Sequence[str] = HUB_FILES) -> Path:
+    """The folder of a local or hub checkpoint, as of `resolve_folder`; EvalError where it is neither."""
     try:
-        return resolve_folder(model)
+        return resolve_folder(model, files)
     except (EngineError, OSError, RuntimeError) as error:  # RuntimeError: a user's home folder that is not known
         raise EvalError(one_line(error)) from None
 
@@ -87,7 +87,7 @@ def open_source(folder: Path, trust_remote_code: bool = False) -> Source:
     header = {name: headers[path][name] for name, path in places.items()}
     _check_experts(folder, header)
     _check_values(folder / "config.json", config, len(header))
-    model, layers, others = _described(folder, trust_remote_code)
+    model, layers, others = described(folder, trust_remote_code)
     _check_tensors(folder, model, layers, header)
     _check_complete(folder, model, header)
     shards = {path: tuple(name for name in names if places[name] == path) for path, names in headers.items()}
@@ -186,7 +186,7 @@ def _most(key: str, tensors: int) -> float:
     return _MOST_OF_ANYTHING if key.startswith("num_") else math.inf
 
 
-def _described(folder: Path, trust_remote_code: bool) -> tuple[Any, frozenset[str], frozenset[str]]:
+def described(folder: Path, trust_remote_code: bool) -> tuple[Any, frozenset[str], frozenset[str]]:
     """transformers' model of the config in a folder, without memory, and its `linear_layers`.
 
     Raises:

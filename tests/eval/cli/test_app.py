@@ -17,7 +17,7 @@ def rowint8(*arguments, **options):
 
 @pytest.mark.parametrize(
     "command",
-    [(), ("demo",), ("demo-model",), ("quality",), ("profile",), ("bench", "kernels")],
+    [(), ("demo",), ("demo-model",), ("quality",), ("profile",), ("doctor",), ("bench", "kernels")],
 )
 def test_help_has_an_example(command):
     done = rowint8(*command, "--help")

@@ -56,7 +56,7 @@ def run(monkeypatch, tmp_path, capfd):
 
 
 FOLDERS = [LONG, NO_UTF8, MARKUP, "", "/dev/null", "pipe", "latin.txt", "list", "words", "piped"]
-TAKES_A_MODEL = [("quality", "--model"), ("agreement", "--model"), ("tune", "--model"), ("quantize",)]
+TAKES_A_MODEL = [("quality", "--model"), ("agreement", "--model"), ("tune", "--model"), ("quantize",), ("doctor",)]
 
 
 @pytest.mark.parametrize("before", TAKES_A_MODEL, ids=" ".join)
