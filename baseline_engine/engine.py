@@ -149,7 +149,11 @@ class Engine:
                 if token == NOT_FINITE:
                     events.append(self._give_up(request, explain_not_finite(self.model.weight_format.dtype)))
                     continue
-                request.append(token, now)
+                try:
+                    request.append(token, now)
+                except EngineError as error:  # the tokenizer fails on its text
+                    events.append(self._give_up(request, str(error)))
+                    continue
                 if logprobs:
                     request.logprobs.append(logprobs)
                 if request.finish_reason is not None:

@@ -52,7 +52,8 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the tokens, without special ones."""
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        with _explained("the tokenizer fails on the tokens"):
+            return self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def stream(self) -> "TextStream":
         """A decoder for one request's tokens as they come."""
@@ -136,7 +137,12 @@ class TextStream:
         return new
 
     def _decode(self) -> str:
-        return self._backend.decode(self._ids, skip_special_tokens=False)
+        """Raises EngineError where the tokenizer fails on the tokens, which are then forgotten."""
+        ids, self._ids = self._ids, []
+        with _explained("the tokenizer fails on the output"):
+            text = self._backend.decode(ids, skip_special_tokens=False)
+        self._ids = ids
+        return text
 
 
 class TextOutput:

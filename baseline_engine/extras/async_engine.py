@@ -96,7 +96,7 @@ class AsyncEngine:
                 self._obey()
                 for event in self._engine.step():
                     self._deliver(event.request, event)
-        except Exception as error:
+        except BaseException as error:  # nobody may wait for a thread that is gone
             end = EngineError(f"the engine failed: {error}")
             end.__cause__ = error
         self._stop()

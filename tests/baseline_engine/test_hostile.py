@@ -308,6 +308,33 @@ def test_what_is_streamed_is_the_text_of_the_completion(talker):
                 assert completion.text == talker.tokenizer.decode(completion.token_ids)
 
 
+def test_a_tokenizer_that_panics_on_a_token_ends_the_requests_that_have_it(model):
+    """Rust's Strip panics where a token has fewer characters than it takes away; that is no Exception in Python."""
+    write_tokenizer(model, "bytes")
+    prompts, params = prompts_of_ids(5, 7), SamplingParams(max_tokens=20, ignore_eos=True)
+    engine = engine_for(model)
+    first, second = tokens_of(engine, prompts, params)
+    letter = engine.tokenizer._backend.id_to_token(next(token for token in first if token not in {*second, 0, 1, 2}))
+    file = json.loads((model / "tokenizer.json").read_text())
+    steps = [
+        {"type": "Replace", "pattern": {"String": letter}, "content": "..."},
+        {"type": "Strip", "content": ".", "start": 0, "stop": 9},
+    ]
+    file["decoder"] = {"type": "Sequence", "decoders": [*steps, file["decoder"]]}
+    (model / "tokenizer.json").write_text(json.dumps(file))
+    engine = engine_for(model)
+    failed, other = engine.generate(prompts, params)
+    assert (failed.finish_reason, other.token_ids) == ("error", second)
+    assert failed.error.startswith("the tokenizer fails on the output: index out of bounds")
+    assert_all_memory_returned(engine)
+
+    async def events():
+        async with AsyncEngine(engine) as served:
+            return [event async for event in served.stream(prompts[0], params)]
+
+    assert asyncio.run(asyncio.wait_for(events(), 60))[-1].error == failed.error
+
+
 @pytest.mark.parametrize("how", ["closed loop", "failing listener"])
 def test_a_listener_that_fails_is_alone(model, how, monkeypatch):
     engine, params = engine_for(model), SamplingParams(max_tokens=40)
