@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from rowint8.kernels import checks, cpu, cpu_int8
+from rowint8.kernels.experts.checks import check_experts
+from rowint8.kernels.experts.cpu import experts as experts_cpu
 
 
 def linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -153,6 +155,49 @@ def add_rms_norm_int8(
     return torch.ops.rowint8.add_rms_norm_int8.default(x, residual, weight, eps, block)
 
 
+def experts(
+    x: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor,
+    down: Tensor,
+    down_scale: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    expert_map: Tensor | None = None,
+    activation: str = "silu",
+    alpha: float = 1.702,
+    limit: float | None = None,
+) -> Tensor:
+    """A mixture of experts: the sum over each token's k experts of weight * down(activation(gate_up(x))).
+
+    Sums of products are in fp32. What is between them, and on CUDA each expert's weighted output, is rounded to x's
+    dtype; their sum is in fp32, in a fixed order, and rounded once: the same input gives the same bits.
+
+    Args:
+        x: fp32, bf16 or fp16 [..., H].
+        gate_up: int8 [E, 2I, H], contiguous: gate rows over up rows, for "swigluoai" in turns.
+        gate_up_scale: fp16 [E, 2I].
+        down: int8 [E, H, I], contiguous.
+        down_scale: fp16 [E, H].
+        weights: [..., k] in any floating dtype.
+        ids: int32 or int64 [..., k], each below E, or below the length of `expert_map`. Negative ones are left out.
+        gate_up_bias, down_bias: [E, 2I] and [E, H] in any floating dtype, or None.
+        expert_map: int32 or int64, where among the E of this GPU each expert is; -1 for those that are left out.
+        activation: "silu", silu(gate) * up; or "swigluoai", gate * sigmoid(alpha * gate) * (up + 1).
+        limit: gate is first cut to at most this and up to at most this either way; None cuts nothing.
+
+    Returns:
+        [..., H] in x's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together.
+    """
+    given = gate_up_bias, down_bias, expert_map, activation, alpha, limit
+    return torch.ops.rowint8.experts.default(x, gate_up, gate_up_scale, down, down_scale, weights, ids, *given)
+
+
 def _product(kernel: Callable[..., Tensor], x: Tensor, *weight: Tensor | None) -> Tensor:
     """Runs a kernel of [M, K] activations for any leading dimensions."""
     return _unflatten(kernel(_flatten(x), *weight), x)
@@ -181,6 +226,11 @@ def _norm_int8(
 
 def _product_int8(kernel: Callable[..., Tensor], tokens: Tensor, token_scale: Tensor, *given: Any) -> Tensor:
     return _unflatten(kernel(_flatten(tokens), token_scale.reshape(-1).contiguous(), *given), tokens)
+
+
+def _experts(kernel: Callable[..., Tensor], x: Tensor, *given: Any) -> Tensor:
+    *layer, weights, ids = given[:6]
+    return _unflatten(kernel(_flatten(x), *layer, _flatten(weights), _flatten(ids), *given[6:]), x)
 
 
 def _flatten(x: Tensor) -> Tensor:
@@ -227,6 +277,12 @@ def _swiglu_int8_cuda(tokens: Tensor, token_scale: Tensor, values: Tensor, scale
     from rowint8.kernels.int8_product import int8_product
 
     return int8_product(tokens, token_scale, values, scale, None, dtype, fused=True)
+
+
+def _experts_cuda(*given: Any) -> Tensor:
+    from rowint8.kernels.experts.launch import experts as kernels
+
+    return kernels(*given)
 
 
 class _Operator(NamedTuple):
@@ -297,6 +353,16 @@ _OPERATORS = {
         run=_norm_int8,
         cpu=cpu_int8.add_rms_norm,
         cuda=_add_rms_norm_int8_cuda,
+    ),
+    "experts": _Operator(
+        "(Tensor x, Tensor gate_up, Tensor gate_up_scale, Tensor down, Tensor down_scale, Tensor weights, Tensor ids, "
+        "Tensor? gate_up_bias=None, Tensor? down_bias=None, Tensor? expert_map=None, str activation='silu', "
+        "float alpha=1.702, float? limit=None) -> Tensor",
+        check=check_experts,
+        outputs=lambda x, *_: x.new_empty(x.shape),
+        run=_experts,
+        cpu=experts_cpu,
+        cuda=_experts_cuda,
     ),
 }
 
