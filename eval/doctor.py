@@ -168,7 +168,7 @@ def advice(sizes: "ModelSizes", found: list[Gpu]) -> list[str]:
     if any(gpu.capability >= FP8 for gpu in found) or not found:
         lines.append(
             "Mostly 128 requests at once or more, or long prompts, on a card with FP8 units: FP8 is faster "
-            "(--quantization fp8_per_channel from vLLM 0.33 on, fp8 before)."
+            "(--quantization fp8_per_channel, or fp8 in an old vLLM)."
         )
     else:
         lines.append("Mostly 128 requests at once or more, or long prompts: INT8 weights gain no time.")

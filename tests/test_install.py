@@ -107,6 +107,7 @@ def test_vllm_takes_the_plugin_from_the_wheel(installed):
 def test_the_readmes_install_line_works_from_a_git_url(tmp_path):
     [asked] = re.findall(r'^pip install "([^"]+)"', (REPO / "README.md").read_text(), re.MULTILINE)
     assert asked == f"rowint8[vllm] @ git+{REPOSITORY}"
+    assert set(re.findall(r"https://github\.com/\w+/rowint8", (REPO / "docs" / "vllm.md").read_text())) == {REPOSITORY}
     here = asked.replace(REPOSITORY, f"file://localhost{REPO}")  # pip wants a host
     quiet = "--quiet", "--no-deps", "--no-build-isolation"
     run(sys.executable, "-m", "pip", "install", *quiet, "--target", tmp_path, here)
