@@ -85,6 +85,7 @@ def bench_serve(
     prompt_tokens: Annotated[int, typer.Option(min=2, max=speed.MOST_TOKENS, help="Of each request.")] = 512,
     output_tokens: Annotated[int, typer.Option(min=2, max=speed.MOST_TOKENS, help="Of each request.")] = 128,
     goodput: Annotated[str, typer.Option(help="Limits in ms: ttft, tpot, e2el.")] = "ttft:200,tpot:50",
+    repeats: Repeats = 1,
     enforce_eager: Eager = False,
     json_file: Json = None,
     append: Append = False,
@@ -103,7 +104,7 @@ def bench_serve(
     kept = Kept(json_file, ServeRow, append)
     with model_folder(model, config, layers, tokenizer=True) as (folder, loading):
         arguments = {**loading, **job.server_arguments(load, tensor_parallel_size, enforce_eager)}
-        failed = kept.measure(names, lambda name: job.run_setup(name, folder, arguments, sent_at, load))
+        failed = kept.measure(names, lambda name: job.run_setup(name, folder, arguments, sent_at, load, repeats))
     by_rate = sorted(kept.rows, key=lambda row: row.request_rate)
     kept.finish(failed, lambda _: serve_table(("", row) for row in by_rate))
 

@@ -11,6 +11,7 @@ import shlex
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,9 @@ def server_flags(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def run_setup(
-    name: str, model: Path, arguments: Mapping[str, Any], rates: Sequence[float], load: Load
+    name: str, model: Path, arguments: Mapping[str, Any], rates: Sequence[float], load: Load, repeats: int = 1
 ) -> Iterator[ServeRow]:
-    """Starts a server, sends the load at each rate, stops the server.
+    """Starts a server, sends the load so many times at each rate, stops the server; a row a time.
 
     Args:
         name: one of SERVED.
@@ -112,18 +113,18 @@ def run_setup(
     """
     flags = server_flags({**arguments, **SERVED[name].arguments})
     with vllm_server(model, flags, arguments["tensor_parallel_size"]) as base_url:
-        for rate in rates:
-            yield send(name, model, base_url, rate, load)
+        for rate, seed in product(rates, range(repeats)):
+            yield send(name, model, base_url, rate, load, seed)
 
 
-def send(name: str, model: Path, base_url: str, rate: float, load: Load) -> ServeRow:
-    """One run of the client against a running server.
+def send(name: str, model: Path, base_url: str, rate: float, load: Load, seed: int = 0) -> ServeRow:
+    """One run of the client against a running server; `seed` draws the prompts and when they come.
 
     Raises:
         EvalError: it failed, or a request did.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        flags = _client_flags(rate, load)
+        flags = _client_flags(rate, load, seed)
         place = ["--model", str(model), "--base-url", base_url.removesuffix("/v1")]
         save = ["--save-result", "--save-detailed", "--result-dir", scratch, "--result-filename", "result.json"]
         run_quietly([console_script("vllm"), "bench", "serve", *place, *flags, *save], vllm_environment())
@@ -131,13 +132,13 @@ def send(name: str, model: Path, base_url: str, rate: float, load: Load) -> Serv
     return row_of(name, rate, load, result, shlex.join(["vllm", "bench", "serve", *flags]))
 
 
-def _client_flags(rate: float, load: Load) -> list[str]:
+def _client_flags(rate: float, load: Load, seed: int = 0) -> list[str]:
     num_prompts = max(2, round(rate * load.seconds))
     flags = ["--backend", "openai", "--dataset-name", "random", "--ignore-eos", "--temperature", "0", "--disable-tqdm"]
     flags += ["--random-input-len", str(load.prompt_tokens), "--random-output-len", str(load.output_tokens)]
-    flags += ["--request-rate", f"{rate:g}", "--num-prompts", str(num_prompts), "--seed", "0"]
+    flags += ["--request-rate", f"{rate:g}", "--num-prompts", str(num_prompts), "--seed", str(seed)]
     flags += ["--num-warmups", str(NUM_WARMUPS)]
-    flags += ["--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,99"]
+    flags += ["--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,95,99"]
     return [*flags, "--goodput", *(f"{name}:{limit:g}" for name, limit in load.goodput.items())]
 
 
@@ -154,7 +155,8 @@ def row_of(name: str, rate: float, load: Load, result: Mapping[str, Any], comman
             f"{result['total_output_tokens']} output tokens came{_first_error(result)}"
         )
     percentiles: dict[str, Any] = {
-        f"{metric}_ms": {p: result[f"{p}_{metric}_ms"] for p in ("p50", "p99")} for metric in ("ttft", "tpot", "itl")
+        f"{metric}_ms": {p: result[f"{p}_{metric}_ms"] for p in ("p50", "p95", "p99")}
+        for metric in ("ttft", "tpot", "itl")
     }
     return ServeRow(
         engine="vllm",

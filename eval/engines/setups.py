@@ -60,7 +60,7 @@ def _rowint8(**options: Any) -> Setup:
 
 
 def _checkpoint(config: dict[str, Any]) -> Setup:
-    """A compressed-tensors checkpoint. It would have to be made first, so its weights are dummies whatever the model."""
+    """A compressed-tensors checkpoint. Nobody makes it first, so its weights are dummies whatever the model is."""
     return Setup({"load_format": "dummy", "hf_overrides": {"quantization_config": config}})
 
 

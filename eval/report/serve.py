@@ -1,18 +1,21 @@
-"""Rows of `bench serve` as a table: a line a rate and setup."""
+"""Rows of `bench serve` as a table: a line a rate and setup, medians over its runs."""
 
-from collections.abc import Iterable
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 
 from rowint8.eval.results.schema import ServeRow
 from rowint8.eval.tables import Column, Table
 
+_TIMES = [("TTFT", p) for p in ("p50", "p95", "p99")] + [("TPOT", p) for p in ("p50", "p99")]
 COLUMNS = [
     Column("file", ""),
     Column("requests/s", "req/s"),
     Column("setup", ""),
     Column("", "setup"),
     *(Column(f"{tokens} tokens", "") for tokens in ("prompt", "output")),
-    *(Column(f"{metric} {p} ms", f"{metric} {p}") for metric in ("TTFT", "TPOT") for p in ("p50", "p99")),
-    *(Column("", f"ITL {p}") for p in ("p50", "p99")),
+    "runs",
+    *(Column(f"{metric} {p} ms", f"{metric} {p}") for metric, p in _TIMES),
+    "±",
     "tok/s",
     Column("goodput/s", ""),
     Column("", "good/s"),
@@ -20,32 +23,41 @@ COLUMNS = [
 
 
 def serve_table(rows: Iterable[tuple[str, ServeRow]]) -> Table:
-    """A line for each row, given with the name of its file."""
-    found = list(rows)
-    first = found[0][1]
+    """A line for the runs of a setup at a rate; each row is given with the name of its file."""
+    alike: dict[tuple, list[ServeRow]] = {}
+    for file, row in rows:
+        alike.setdefault((file, row.request_rate, row.setup, row.prompt_tokens, row.output_tokens), []).append(row)
+    first = next(iter(alike.values()))[0]
     return Table(
         COLUMNS,
-        [_cells(file, row) for file, row in found],
+        [_cells(key[0], runs) for key, runs in alike.items()],
         title=f"vllm serve: {first.prompt_tokens} prompt tokens, {first.output_tokens} output tokens; ms",
-        note=f"good/s: requests per second with {_limits(first)}",
+        note=f"medians of the runs; ±: (largest - smallest) / median TTFT p99; good/s: requests per second with "
+        f"{_limits(first)}",
         words=2,
         grouped=True,
     )
 
 
-def _cells(file: str, row: ServeRow) -> list[str]:
+def _cells(file: str, runs: Sequence[ServeRow]) -> list[str]:
+    row, p99 = runs[0], [run.ttft_ms["p99"] for run in runs]
     setup = [f"{row.request_rate:g}", f"{row.engine} {row.setup}", row.setup]
-    tokens = [str(row.prompt_tokens), str(row.output_tokens)]
-    times = [f"{time[p]:.1f}" for time in (row.ttft_ms, row.tpot_ms, row.itl_ms) for p in ("p50", "p99")]
-    return [
-        file,
-        *setup,
-        *tokens,
-        *times,
-        f"{row.tok_s:.1f}",
-        f"{row.goodput:.2f} ({_limits(row)})",
-        f"{row.goodput:.2f}",
-    ]
+    sizes = [str(row.prompt_tokens), str(row.output_tokens), str(len(runs))]
+    times = [_time(metric, p, runs) for metric, p in _TIMES]
+    spread = f"{(max(p99) - min(p99)) / statistics.median(p99):.0%}" if len(runs) > 1 else "-"
+    goodput = f"{_median(runs, lambda run: run.goodput):.2f}"
+    tok_s = f"{_median(runs, lambda run: run.tok_s):.1f}"
+    return [file, *setup, *sizes, *times, spread, tok_s, f"{goodput} ({_limits(row)})", goodput]
+
+
+def _time(metric: str, percentile: str, runs: Sequence[ServeRow]) -> str:
+    """ "-" in files without that percentile."""
+    times = [getattr(run, f"{metric.lower()}_ms").get(percentile) for run in runs]
+    return "-" if None in times else f"{statistics.median(times):.1f}"
+
+
+def _median(runs: Sequence[ServeRow], value: Callable[[ServeRow], float]) -> float:
+    return statistics.median(map(value, runs))
 
 
 def _limits(row: ServeRow) -> str:

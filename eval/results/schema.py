@@ -239,7 +239,7 @@ def _require_keys(field: str, values: dict[str, float] | None, keys: tuple[str, 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class ServeRow:
-    """One setup of `vllm serve` under requests that arrive at random (Poisson), measured by `vllm bench serve`."""
+    """One run of a setup of `vllm serve` under requests that arrive at random (Poisson), by `vllm bench serve`."""
 
     kind: Literal["serve"] = "serve"
     engine: EngineName
@@ -252,7 +252,7 @@ class ServeRow:
     output_tokens: Count
     """Tokens of each answer."""
     ttft_ms: dict[Name, Positive]
-    """Percentiles over the requests: "p50" and "p99"."""
+    """Percentiles over the requests: "p50", "p95" (absent from older files) and "p99"."""
     tpot_ms: dict[Name, NotNegative]
     """As ttft_ms; 0 where all tokens of an answer came at once."""
     itl_ms: dict[Name, NotNegative]

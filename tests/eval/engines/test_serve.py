@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ REPORT = {
     "total_output_tokens": 80,
     "output_throughput": 31.5,
     "request_goodput": 3.5,
-    **{f"p{p}_{metric}_ms": p + i for p in (50, 99) for i, metric in enumerate(("ttft", "tpot", "itl"))},
+    **{f"p{p}_{metric}_ms": p + i for p in (50, 95, 99) for i, metric in enumerate(("ttft", "tpot", "itl"))},
 }
 VLLM = """
 import json, sys
@@ -56,17 +57,32 @@ with open(option("--result-dir") + "/" + option("--result-filename"), "w") as fi
 def test_a_row_of_a_report():
     row = row_of("rowint8", 4.0, LOAD, REPORT, "vllm bench serve")
     assert (row.ttft_ms, row.tpot_ms, row.itl_ms) == (
-        {"p50": 50, "p99": 99},
-        {"p50": 51, "p99": 100},
-        {"p50": 52, "p99": 101},
+        {"p50": 50, "p95": 95, "p99": 99},
+        {"p50": 51, "p95": 96, "p99": 100},
+        {"p50": 52, "p95": 97, "p99": 101},
     )
     assert (row.requests, row.tok_s, row.goodput, row.request_rate) == (10, 31.5, 3.5, 4)
+    assert line(row) == ["4", "rowint8", "1", "50.0", "95.0", "99.0", "51.0", "100.0", "-", "31.5", "3.50"]
+
+
+def line(*rows):
+    """The cells of the only line of the table."""
     console = Console(file=io.StringIO(), width=80)
-    console.print(serve_table([("", row)]))
+    console.print(serve_table([("", row) for row in rows]))
     drawn = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
-    (line,) = [line.split() for line in drawn.splitlines() if " rowint8 " in line]
-    assert line == ["4", "rowint8", "50.0", "99.0", "51.0", "100.0", "52.0", "101.0", "31.5", "3.50"]
-    assert "ttft <= 200 ms, tpot <= 50 ms" in drawn
+    assert "ttft <= 200 ms, tpot <= 50 ms" in " ".join(drawn.split())
+    (found,) = [line.split() for line in drawn.splitlines() if " rowint8 " in line]
+    return found
+
+
+def test_runs_of_a_setup_at_a_rate_are_one_line_of_medians():
+    row = row_of("rowint8", 4.0, LOAD, REPORT, "vllm bench serve")
+    runs = [
+        replace(row, tok_s=tok_s, ttft_ms=row.ttft_ms | {"p99": p99}) for tok_s, p99 in ((10, 80), (30, 100), (20, 90))
+    ]
+    assert line(*runs) == ["4", "rowint8", "3", "50.0", "95.0", "90.0", "51.0", "100.0", "22%", "20.0", "3.50"]
+    older = replace(row, ttft_ms={"p50": 50.0, "p99": 99.0})
+    assert line(older)[3:6] == ["50.0", "-", "99.0"]
 
 
 @pytest.mark.parametrize(
@@ -133,9 +149,14 @@ def test_vllm_knows_the_flags():
 
     client = FlexibleArgumentParser()
     add_cli_args(client)
-    sent: Any = client.parse_args(bench_serve._client_flags(4.0, LOAD))
+    sent: Any = client.parse_args(bench_serve._client_flags(4.0, LOAD, seed=2))
     assert (sent.request_rate, sent.num_prompts, sent.random_input_len, sent.random_output_len) == (4, 10, 32, 8)
-    assert (sent.ignore_eos, sent.metric_percentiles, sent.goodput) == (True, "50,99", ["ttft:200", "tpot:50"])
+    assert (sent.ignore_eos, sent.metric_percentiles, sent.goodput) == (
+        True,
+        "50,95,99",
+        ["ttft:200", "tpot:50"],
+    )
+    assert sent.seed == 2
     server = vllm_serve.make_arg_parser(FlexibleArgumentParser())  # pyright: ignore[reportPrivateImportUsage]
     for setup in SERVED.values():
         arguments = {**server_arguments(LOAD, 2, eager=True), **setup.arguments}
@@ -164,12 +185,24 @@ def test_a_failing_server_keeps_the_rows_of_the_others(tmp_path, monkeypatch):
     script.chmod(0o755)
     for module in (serve, bench_serve):
         monkeypatch.setattr(module, "console_script", lambda name: str(script))
-    options = ["--config", "tiny", "--rates", "2,4", "--seconds", "5", "--json", str(tmp_path / "r.json")]
+    options = [
+        "--config",
+        "tiny",
+        "--rates",
+        "2,4",
+        "--seconds",
+        "5",
+        "--repeats",
+        "2",
+        "--json",
+        str(tmp_path / "r.json"),
+    ]
     done = CliRunner().invoke(cli.app, ["bench", "serve", "--setups", "bf16,fp8,rowint8", *options])
     assert str(done.exception).startswith("failed: fp8")
     assert "no fp8 here" in done.stderr
     rows = read_results(tmp_path / "r.json").rows
     assert [(row.setup, row.request_rate, row.requests) for row in rows] == [
-        (setup, rate, round(rate * 5)) for setup in ("bf16", "rowint8") for rate in (2, 4)
+        (setup, rate, round(rate * 5)) for setup in ("bf16", "rowint8") for rate in (2, 2, 4, 4)
     ]
+    assert [row.command.partition("--seed ")[2][0] for row in rows] == ["0", "1"] * 4
     assert all(str(tmp_path) not in row.command for row in rows)
