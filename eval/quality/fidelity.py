@@ -21,6 +21,8 @@ from rowint8.eval.results.schema import FidelityRow
 
 CHUNK = 128
 """Tokens whose logits are in memory at a time."""
+MOST_NATS = 30.0
+"""Of a token's negative log-likelihood, on average; a uniform guess among a million tokens has 14."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,11 @@ class Fidelity:
         """Loads the model and runs the original weights once.
 
         Raises:
-            EvalError: the logits of this architecture are not a plain product with the output layer.
+            EvalError: the logits of this architecture are not a plain product with the output layer, or not finite; or
+                the text has fewer than two tokens to predict.
         """
+        if windows.numel() < len(windows) + 2:
+            raise EvalError("one predicted token has no spread; give a larger --window or more --windows")
         from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
 
@@ -52,15 +57,20 @@ class Fidelity:
         options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
         self.model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
         self.windows = windows
-        self._apply(reference)
+        self._given = self._apply("the model", reference)
         self._check_head()
         self.reference_head = self._head().clone()
         self.reference_hidden = list(self._hidden())
 
     @torch.inference_mode()
     def score(self, setup: WeightSet) -> TokenScores:
-        """Runs the text through the setup's weights and compares token by token."""
-        self._apply(setup.weights)
+        """Runs the text through the setup's weights and compares token by token.
+
+        Raises:
+            EvalError: the weights are of another model, or not all of its weights, or make no finite logits.
+        """
+        if missing := self._given - self._apply(setup.name, setup.weights):
+            raise EvalError(f"{setup.name} lacks {min(missing)}, which the model has; it is of another model")
         parts = []
         for tokens, reference, hidden in zip(self.windows, self.reference_hidden, self._hidden(), strict=True):
             for start in range(0, len(tokens) - 1, CHUNK):
@@ -69,14 +79,25 @@ class Fidelity:
                 logp = linear(reference[rows], self.reference_head).log_softmax(-1)
                 logq = linear(hidden[rows], self._head()).log_softmax(-1)
                 parts.append(_compare(logp, logq, targets))
-        return TokenScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        scores = TokenScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        if not (scores.nll.mean() < MOST_NATS and scores.kl.isfinite().all()):
+            raise EvalError(f"{setup.name}: the logits on this text are NaN, infinite, or no language model's")
+        return scores
 
     @torch.inference_mode()
-    def _apply(self, weights: Weights) -> None:
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+    def _apply(self, setup: str, weights: Weights) -> set[str]:
+        """Puts the weights into the model; its parameters that got one, a tied one under its first name."""
+        first_name = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        parameters, given = dict(self.model.named_parameters(remove_duplicate=False)), set()
         for name, tensor in weights():
             if name in parameters:
-                parameters[name].copy_(tensor)
+                wanted = parameters[name]
+                if tensor.shape != wanted.shape or not tensor.is_floating_point():
+                    what = f"{name} is {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+                    raise EvalError(f"{setup}: {what}; the model's is a float {list(wanted.shape)}")
+                wanted.copy_(tensor)
+                given.add(first_name[id(wanted)])
+        return given
 
     @torch.inference_mode()
     def _hidden(self) -> Iterator[Tensor]:
@@ -91,6 +112,8 @@ class Fidelity:
     def _check_head(self) -> None:
         tokens = self.windows[:1, :8]
         product = linear(self.model.base_model(tokens).last_hidden_state, self._head())
+        if not product.isfinite().all():
+            raise EvalError("the model's logits are NaN or infinite; its weights are at fault")
         if not torch.allclose(product, self.model(tokens).logits, rtol=1e-4, atol=1e-4):
             raise EvalError("this architecture changes its logits after the output layer, which is not supported here")
 

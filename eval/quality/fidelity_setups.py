@@ -137,4 +137,7 @@ def _read_dequantized(places: dict[str, Path], name: str) -> Tensor:
     scale = f"{name}_scale"
     if scale not in places:
         return tensor
-    return dequantize(Int8Weight(tensor, read_tensor(places[scale], scale, torch.device("cpu"))))
+    scales = read_tensor(places[scale], scale, torch.device("cpu"))
+    if tensor.dtype != torch.int8 or scales.shape != tensor.shape[:1]:
+        raise EvalError(f"{places[scale]}: {name} and its scales are no rowint8 weight")
+    return dequantize(Int8Weight(tensor, scales))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rowint8.baseline_engine.errors import one_line
+from rowint8.baseline_engine.files import read_json
 from rowint8.eval.errors import EvalError
 
 
@@ -44,9 +45,16 @@ def token_windows(folder: Path, text: str, window: int, limit: int, trust_remote
         trust_remote_code: whether the tokenizer's own Python code may run.
 
     Raises:
-        EvalError: the folder has no tokenizer that loads, or the text is shorter than one window.
+        EvalError: the folder has no tokenizer that loads, the model has fewer positions than a window has tokens, or
+            the text is shorter than one window.
     """
     from transformers import AutoTokenizer
+
+    positions = read_json(folder / "config.json").get("max_position_embeddings")
+    if isinstance(positions, int) and positions < window:
+        raise EvalError(
+            f"{folder} has {positions} positions, less than a window of {window} tokens; give a smaller one"
+        )
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

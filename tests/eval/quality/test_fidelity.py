@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rowint8.eval.errors import EvalError
@@ -13,7 +14,7 @@ from rowint8.eval.quality import fidelity as job
 from rowint8.eval.quality import fidelity_setups as setups
 from rowint8.eval.quantize import checkpoint as quantize_checkpoint
 from rowint8.eval.quantize.source import open_source
-from rowint8.eval.quantize.text import read_text
+from rowint8.eval.quantize.text import read_text, token_windows
 from rowint8.eval.results.files import read_results
 from rowint8.kernels.quantize import dequantize, quantize_rowwise
 
@@ -119,6 +120,64 @@ def test_a_stored_checkpoint_scores_as_rounding_does(folder, tmp_path):
     assert torch.equal(stored.kl, rounded.kl)
     with pytest.raises(EvalError, match="is no rowint8 checkpoint"):
         setups.stored_setup(folder)
+
+
+def lacks_a_layer(tensors):
+    del tensors["model.layers.1.mlp.up_proj.weight"], tensors["model.layers.1.mlp.up_proj.weight_scale"]
+
+
+def lacks_scales(tensors):
+    del tensors["model.layers.1.mlp.up_proj.weight_scale"]
+
+
+def is_narrower(tensors):
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"][:, :1].contiguous()
+
+
+def has_few_scales(tensors):
+    tensors["model.layers.1.mlp.up_proj.weight_scale"] = tensors["model.layers.1.mlp.up_proj.weight_scale"][:1].clone()
+
+
+def has_no_finite_norm(tensors):
+    tensors["model.norm.weight"][0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lacks_a_layer, "stored lacks model.layers.1.mlp.up_proj.weight, which the model has"),
+        (lacks_scales, r"stored: model.layers.1.mlp.up_proj.weight is int8 \[96, 64\]"),
+        (is_narrower, r"up_proj.weight is float32 \[96, 1\]; the model's is a float \[96, 64\]"),
+        (has_few_scales, "up_proj.weight and its scales are no rowint8 weight"),
+        (has_no_finite_norm, "stored: the logits on this text are NaN"),
+    ],
+)
+def test_a_checkpoint_that_is_not_the_models_is_refused(folder, tmp_path, change, message):
+    source, out = open_source(folder), tmp_path / "stored"
+    convert = quantize_checkpoint.round_to_nearest(source.layers)
+    quantize_checkpoint.write_checkpoint(source, out, "rowint8", (), convert)
+    tensors = load_file(out / "model.safetensors")
+    change(tensors)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    model = job.Fidelity(folder, setups.original(source), WINDOWS)
+    with pytest.raises(EvalError, match=message) as caught:
+        model.score(setups.stored_setup(out))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_measured_is_refused(folder):
+    source = open_source(folder)
+    with pytest.raises(EvalError, match="one predicted token has no spread"):
+        job.Fidelity(folder, setups.original(source), WINDOWS[:1, :2])
+    tensors = load_file(folder / "model.safetensors")
+    has_no_finite_norm(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EvalError, match="the model's logits are NaN or infinite"):
+        job.Fidelity(folder, setups.original(source), WINDOWS)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 31}))
+    with pytest.raises(EvalError, match="has 31 positions, less than a window of 32"):
+        token_windows(folder, SENTENCE, 32, 1)
 
 
 def test_reference_roundings():
