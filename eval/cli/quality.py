@@ -10,6 +10,7 @@ from rowint8.eval.cli.output import Json, Kept, answer, err, out, write
 from rowint8.eval.cli.quantize import TrustRemoteCode
 from rowint8.eval.demo_model import DEFAULT_FOLDER
 from rowint8.eval.errors import EvalError
+from rowint8.eval.writing import refuse_unwritable
 
 Model = Annotated[Path, typer.Option(help="A model folder.")]
 Dtype = Annotated[
@@ -70,6 +71,8 @@ def quality(
     from rowint8.eval.report.quality import quality_tables
     from rowint8.eval.results.schema import QualityRow
 
+    if lm_eval_output:
+        refuse_unwritable(lm_eval_output / "results.json")  # lm-eval only warns where it cannot write
     folder, number_format = existing_model(model), arithmetic(dtype)
     chosen, context = job.choose(backends), job.context_of(folder, max_length)
     with err.status("looking up the tasks"):

@@ -164,6 +164,9 @@ def _row(
 ) -> QualityRow:
     """Values and standard errors are lm-eval's own, as far as it gives them."""
     found = measured["metrics"][name]
+    if not math.isfinite(found["value"]):
+        what = f"{task}: {name} of {backend.engine} {backend.setup} is {found['value']}"
+        raise EvalError(f"{what}; the model's logits are NaN or infinite in {dtype}, or its weights are at fault")
     items, stderr = _items(name, found), found["stderr"]
     base_items = _items(name, base) if base else None
     pair = paired.paired_difference(_metric(name), base_items, items) if base_items and items else None

@@ -87,6 +87,8 @@ def test_what_is_no_source_is_one_line(run, name):
         ("demo", "--no-vllm", "--model", LONG),
         ("demo", "--no-vllm", "--model", MARKUP),
         ("quality", "--backends", MARKUP),
+        ("quality", "--lm-eval-output", "latin.txt"),
+        ("quality", "--lm-eval-output", "/dev/null/x"),
         ("fidelity", "--text", "latin.txt", "--quantization", NO_UTF8),
         ("bench", "kernels", "--tokens", "9" * 5000),
         ("bench", "kernels", "--tokens", "9" * 12),

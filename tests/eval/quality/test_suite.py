@@ -63,6 +63,13 @@ def test_no_difference_where_the_metric_is_made_in_another_way():
     assert rows_of(other)[-1].stderr is None
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_answer_that_is_no_number_is_one_line(value):
+    other = run([1, 0, 1, 1], [value, -2.0, -3.5, -4.0], [(-31.0, 10), (-20.5, 10)])
+    with pytest.raises(EvalError, match=r"^choice: logprob of vllm rowint8 is -?(nan|inf); the model's logits are "):
+        rows_of(other)
+
+
 def test_tables():
     console = Console(file=io.StringIO(), width=80)
     for table in quality_tables(rows_of()):
