@@ -50,7 +50,7 @@ class StoredInt8Format(WeightFormat):
     """The format of a rowint8 checkpoint, whose linear layers are all INT8."""
 
     def linear(self, in_features: int, out_features: int, bias: bool) -> StoredInt8Linear:
-        return StoredInt8Linear(in_features, out_features, bias, self.dtype, self.device)
+        return StoredInt8Linear(in_features, out_features, bias, self.dtype, self.device, self.rotation)
 
 
 def resolve_folder(model: str, files: Sequence[str] = HUB_FILES) -> Path:
@@ -89,7 +89,7 @@ def load_model(folder: Path, config: ModelConfig, weight_format: WeightFormat, *
         EngineError: a shard or tensor is missing, unknown, truncated, of the wrong shape or dtype, or holds NaN, Inf or
             a negative scale; or memory does not suffice. Names, shapes and dtypes are checked before memory is taken.
     """
-    if config.int8_checkpoint:
+    if config.stored_int8:
         weight_format = StoredInt8Format(**vars(weight_format))
     shards = {path: read_header(path) for path in shard_paths(folder)}
     _check_depth(shards, config)

@@ -66,6 +66,9 @@ class EngineConfig(_Checked):
     """Gate, up, SiLU and product as one operator; needs rowint8. Default: with rowint8, unless the MLP has a bias."""
     int8_lm_head: bool = False
     """With rowint8: the output layer too, and with it the embedding where the two are one tensor."""
+    activations: Literal["int8"] | None = None
+    """int8, with rowint8: tokens are rounded to INT8 before every INT8 layer. Faster with many tokens, and a token's
+    products do not depend on its batch. Default: as the checkpoint says."""
     mode: Literal["auto", "eager", "compile", "graph"] = "auto"
     """eager: operator by operator. compile: torch.compile of the decoder layer. graph: compiled, and steps replayed as
     CUDA graphs; needs a GPU. auto: graph on a GPU, eager on the CPU."""

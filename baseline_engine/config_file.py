@@ -13,6 +13,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from rowint8.baseline_engine.errors import describe, one_line, shown
 from rowint8.baseline_engine.files import read_json
+from rowint8.kernels.activations import BLOCKS, LARGEST_BLOCK
 
 _Size = Annotated[int, Interval(ge=1, le=2**24)]
 """A dimension of a weight. Products of two stay far below 2^63."""
@@ -31,6 +32,14 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class StoredInt8:
+    """Linear weights that the checkpoint holds as INT8 rows."""
+
+    rotation: int | None
+    """Where the rows are rotated, for INT8 activations: the largest block of columns that are rotated together."""
 
 
 class NotRunnable(ValueError):
@@ -157,12 +166,14 @@ class ConfigFile(_File):
     def eos_ids(self) -> list[int]:
         return _as_list(self.eos_token_id)
 
-    def holds_int8(self) -> bool:
-        """Whether the weights are INT8 already; refused unless `rowint8 quantize` wrote every linear layer in INT8."""
+    def stored_int8(self) -> StoredInt8 | None:
+        """The INT8 weights, if they are; refused unless `rowint8 quantize` wrote every linear layer in INT8."""
         if not self.quantization_config:
-            return False
+            return None
         given = dict(self.quantization_config)
         method, serialized = given.pop("quant_method", "an unnamed method"), given.pop("serialized", True)
+        activations = given.pop("activations", None)
+        block = given.pop("rotation_block", activations and LARGEST_BLOCK)
         if method != "rowint8":
             what = method if isinstance(method, str) else shown(method)
             raise NotRunnable(f"the checkpoint is already quantized ({what}); give the fp32, bf16 or fp16 original")
@@ -172,7 +183,14 @@ class ConfigFile(_File):
                 f"quantization_config has {shown(options or {'serialized': serialized})}; the engine runs rowint8 "
                 "checkpoints whose linear layers are all INT8, without further options; run this one in vLLM"
             )
-        return serialized
+        if activations is None and block is None:
+            return StoredInt8(None) if serialized else None
+        if not serialized or activations != "int8" or type(block) is not int or block not in BLOCKS:
+            raise NotRunnable(
+                f"quantization_config has activations {shown(activations)} and rotation_block {shown(block)}; accepted "
+                f'in a checkpoint of INT8 weights are "int8" and one of {", ".join(map(str, BLOCKS))}, or neither'
+            )
+        return StoredInt8(block)
 
 
 class _Llama(ConfigFile):

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from rowint8.baseline_engine.model_config import ModelConfig
 from rowint8.kernels import ops
-from rowint8.kernels.quantize import quantize_rowwise
+from rowint8.kernels.activations import rotate as hadamard
+from rowint8.kernels.activations import rotation_block
+from rowint8.kernels.quantize import Int8Weight, dequantize, quantize_rowwise
 
 
 class Place(NamedTuple):
@@ -35,18 +37,31 @@ class WeightFormat:
     """Run gate, up, SiLU and product as the one operator `ops.swiglu`, and on CUDA sum and norm as
     `ops.add_rms_norm`; needs `int8` and no MLP bias."""
     int8_lm_head: bool = False
+    rotation: int | None = None
+    """For INT8 activations: the largest block of columns that are rotated together, in rows and in tokens."""
 
     def linear(self, in_features: int, out_features: int, bias: bool) -> "Linear":
-        kind = Int8Linear if self.int8 else Linear
-        return kind(in_features, out_features, bias, self.dtype, self.device)
+        if self.int8:
+            return Int8Linear(in_features, out_features, bias, self.dtype, self.device, self.rotation)
+        return Linear(in_features, out_features, bias, self.dtype, self.device)
 
     def embedding(self, vocab_size: int, hidden_size: int) -> "Linear":
         return Linear(hidden_size, vocab_size, False, self.dtype, self.device)
 
     def vocabulary(self, vocab_size: int, hidden_size: int) -> "Linear":
         """An output layer, which may be the embedding too."""
-        kind = Int8Linear if self.int8_lm_head else Linear
-        return kind(hidden_size, vocab_size, False, self.dtype, self.device)
+        if self.int8_lm_head:
+            return Int8Linear(hidden_size, vocab_size, False, self.dtype, self.device, self.rotation)
+        return Linear(hidden_size, vocab_size, False, self.dtype, self.device)
+
+
+class Int8Tokens(NamedTuple):
+    """Rotated tokens in INT8, as a norm hands them to the layers that multiply them."""
+
+    values: Tensor
+    """int8 [T, K]"""
+    scale: Tensor
+    """fp32 [T]"""
 
 
 class Linear(nn.Module):
@@ -87,10 +102,25 @@ class Linear(nn.Module):
 
 
 class Int8Linear(Linear):
-    """The same over INT8 rows: values int8 [N, K], scale fp16 [N]. A matrix is quantized while it is loaded."""
+    """The same over INT8 rows: values int8 [N, K], scale fp16 [N]. A matrix is quantized while it is loaded.
+
+    With a `rotation` the rows are rotated, and tokens are rounded to INT8 before they are multiplied.
+    """
 
     values: Tensor
     scale: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        rotation: int | None,
+    ):
+        super().__init__(in_features, out_features, bias, dtype, device)
+        self.block = None if rotation is None else rotation_block(in_features, rotation)
 
     def _allocate(self, out_features: int, device: torch.device) -> None:
         values = torch.empty(out_features, self.in_features, dtype=torch.int8, device=device)
@@ -101,18 +131,32 @@ class Int8Linear(Linear):
         values, scale = self.values[rows], self.scale[rows]
 
         def load(weight: Tensor) -> None:
-            quantized = quantize_rowwise(weight, name=f"{name}.weight")
+            quantized = quantize_rowwise(weight, name=f"{name}.weight", block=self.block or 1)
             values.copy_(quantized.values)
             scale.copy_(quantized.scale)
 
         return {f"{name}.weight": Place(tuple(values.shape), load)}
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.values, self.scale, self.bias)
+    def forward(self, x: "Tensor | Int8Tokens") -> Tensor:
+        if self.block is None and isinstance(x, Tensor):
+            return ops.linear(x, self.values, self.scale, self.bias)
+        return ops.linear_int8(*self._tokens(x), self.values, self.scale, self.bias, self.dtype)
+
+    def swiglu(self, x: "Tensor | Int8Tokens") -> Tensor:
+        """silu(gate) * up, where the rows stack gate over up and there is no bias."""
+        if self.block is None and isinstance(x, Tensor):
+            return ops.swiglu(x, self.values, self.scale)
+        return ops.swiglu_int8(*self._tokens(x), self.values, self.scale, self.dtype)
+
+    def _tokens(self, x: "Tensor | Int8Tokens") -> "Int8Tokens":
+        if isinstance(x, Int8Tokens):
+            return x
+        assert self.block is not None, "INT8 tokens are for rotated rows"
+        return Int8Tokens(*ops.quantize_tokens(x, self.block))
 
     def lookup(self, rows: Tensor) -> Tensor:
-        values = F.embedding(rows, self.values)
-        return (values.float() * self.scale[rows].float()[:, None]).to(self.dtype)
+        plain = dequantize(Int8Weight(F.embedding(rows, self.values), self.scale[rows]))
+        return (hadamard(plain, self.block) if self.block else plain).to(self.dtype)
 
 
 def copy_into(target: Tensor, name: str) -> Place:
@@ -131,13 +175,18 @@ def _all_finite(tensor: Tensor) -> bool:
 
 
 class RmsNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467), in fp32 inside."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467), in fp32 inside.
+
+    Where it feeds a layer of INT8 activations alone, and is one operator with the sum, it hands out INT8 tokens.
+    """
 
     weight: Tensor
 
-    def __init__(self, size: int, eps: float, weight_format: WeightFormat):
+    def __init__(self, size: int, eps: float, weight_format: WeightFormat, hands_out_int8: bool = False):
         super().__init__()
         self.eps = eps
+        rotation = weight_format.rotation if hands_out_int8 else None
+        self.block = rotation and rotation_block(size, rotation)
         self.fused = (
             weight_format.fused and weight_format.device.type == "cuda"
         )  # on the CPU nothing is won, and torch rounds once less
@@ -149,8 +198,11 @@ class RmsNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor | Int8Tokens, Tensor]:
         """(norm(x + residual), x + residual)."""
+        if self.fused and self.block:
+            values, scale, residual = ops.add_rms_norm_int8(x, residual, self.weight, self.eps, self.block)
+            return Int8Tokens(values, scale), residual
         if self.fused:
             return ops.add_rms_norm(x, residual, self.weight, self.eps)
         # The same sum, in fp32, is one that Inductor does not hand to the product in front, which copies the residual.
@@ -218,7 +270,7 @@ class Attention(nn.Module):
             places |= self.q_norm.places(f"{prefix}.q_norm") | self.k_norm.places(f"{prefix}.k_norm")
         return places
 
-    def queries(self, x: Tensor, positions: Positions, keys: Tensor, values: Tensor) -> Tensor:
+    def queries(self, x: Tensor | Int8Tokens, positions: Positions, keys: Tensor, values: Tensor) -> Tensor:
         """x [T, hidden] -> queries [T, heads, D]; puts the tokens' keys and values into the layer's cache.
 
         keys, values: [cache slots, kv heads, D].
@@ -248,8 +300,8 @@ class SwiGlu(nn.Module):
         gate_up = {f"{prefix}.gate_proj": self.intermediate_size, f"{prefix}.up_proj": self.intermediate_size}
         return self.gate_up.places(gate_up) | self.down.places({f"{prefix}.down_proj": self.hidden_size})
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Int8Tokens) -> Tensor:
         if self.fused and isinstance(self.gate_up, Int8Linear):
-            return self.down(ops.swiglu(x, self.gate_up.values, self.gate_up.scale))
+            return self.down(self.gate_up.swiglu(x))
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)

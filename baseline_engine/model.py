@@ -32,9 +32,9 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, weight_format: WeightFormat):
         super().__init__()
-        self.input_norm = RmsNorm(config.hidden_size, config.rms_norm_eps, weight_format)
+        self.input_norm = RmsNorm(config.hidden_size, config.rms_norm_eps, weight_format, hands_out_int8=True)
         self.attention = Attention(config, weight_format)
-        self.post_norm = RmsNorm(config.hidden_size, config.rms_norm_eps, weight_format)
+        self.post_norm = RmsNorm(config.hidden_size, config.rms_norm_eps, weight_format, hands_out_int8=True)
         self.mlp = SwiGlu(config, weight_format)
 
     def places(self, prefix: str) -> dict[str, Place]:
@@ -49,8 +49,8 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, residual: Tensor, positions: Positions, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor]:
         """x, residual [T, hidden] -> (queries [T, heads, D], residual); the cache receives keys and values."""
-        x, residual = self.input_norm.add(x, residual)
-        return self.attention.queries(x, positions, keys, values), residual
+        normed, residual = self.input_norm.add(x, residual)
+        return self.attention.queries(normed, positions, keys, values), residual
 
     def after_attention(self, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """attended [T, heads, D] -> (x, residual), each [T, hidden]."""
@@ -113,7 +113,9 @@ class Decoder(nn.Module):
         for layer, slots_of_layer, blocks in zip(self._layers(), cache.slots, cache.layers, strict=True):
             queries, residual = self._before(layer, x, residual, where, *slots_of_layer)
             x, residual = self._after(layer, attend(queries, *blocks), residual)
-        return self.norm.add(x, residual)[0]
+        normed, _ = self.norm.add(x, residual)
+        assert isinstance(normed, Tensor), "the last norm hands out no INT8"
+        return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> [..., vocabulary] in the activation dtype."""

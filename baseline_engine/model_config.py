@@ -5,7 +5,14 @@ from pathlib import Path
 
 import torch
 
-from rowint8.baseline_engine.config_file import ConfigFile, NotRunnable, RopeScaling, read_config, read_more_eos_ids
+from rowint8.baseline_engine.config_file import (
+    ConfigFile,
+    NotRunnable,
+    RopeScaling,
+    StoredInt8,
+    read_config,
+    read_more_eos_ids,
+)
 from rowint8.baseline_engine.errors import EngineError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,8 +44,8 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype
     """The dtype that the checkpoint names (fp32 when it names none)."""
-    int8_checkpoint: bool = False
-    """The checkpoint's linear weights are INT8 already (`rowint8 quantize`)."""
+    stored_int8: StoredInt8 | None = None
+    """The checkpoint's linear weights, where they are INT8 already (`rowint8 quantize`)."""
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":
@@ -76,5 +83,5 @@ class ModelConfig:
             tie_word_embeddings=file.tie_word_embeddings,
             eos_token_ids=tuple(sorted({*file.eos_ids(), *more_eos_ids})),
             dtype=DTYPES[file.dtype or "float32"],
-            int8_checkpoint=file.holds_int8(),
+            stored_int8=file.stored_int8(),
         )

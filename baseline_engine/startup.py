@@ -1,7 +1,9 @@
 """What happens once, before the first request: load, choose, measure memory, compile, capture."""
 
+import logging
+from collections.abc import Iterator
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 import torch
@@ -17,6 +19,13 @@ from rowint8.baseline_engine.model import Decoder
 from rowint8.baseline_engine.model_config import ModelConfig
 from rowint8.baseline_engine.runner import ModelRunner
 from rowint8.baseline_engine.tokenizer import Tokenizer, has_tokenizer
+from rowint8.kernels.activations import LARGEST_BLOCK
+from rowint8.kernels.cpu_build import library
+
+if TYPE_CHECKING:
+    from rowint8.kernels.warmup import WeightShape
+
+_logger = logging.getLogger(__name__)
 
 CPU_CACHE_TOKENS = 16384
 GRAPH_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 16))
@@ -39,19 +48,59 @@ def load(config: EngineConfig, progress: bool) -> tuple[Decoder, Tokenizer | Non
         raise EngineError(
             f"{folder} does not fit into the memory of {device}; quantization rowint8 halves it"
         ) from error
+    _say_unrotated(model)
     return model, Tokenizer(folder) if has_tokenizer(folder) else None
+
+
+def _say_unrotated(model: Decoder) -> None:
+    """One line where layers with INT8 activations cannot be rotated, which leaves them further from the original."""
+    found = {part.in_features for part in model.modules() if isinstance(part, Int8Linear) and part.block == 1}
+    if found:
+        sizes = ", ".join(map(str, sorted(found)))
+        _logger.warning("layers with %s inputs are not rotated: no power of two from 16 on divides them", sizes)
 
 
 def weight_format(config: EngineConfig, model: ModelConfig, device: torch.device) -> WeightFormat:
     """How the weights are held; raises EngineError where the settings contradict each other or the model."""
-    int8 = config.quantization == "rowint8" or model.int8_checkpoint
-    if not int8 and (config.fused or config.int8_lm_head):
-        what = "fused SwiGLU is an INT8 operator" if config.fused else "int8_lm_head is part of rowint8"
-        raise SettingError(f"{what}; give quantization rowint8 with it")
+    int8 = config.quantization == "rowint8" or model.stored_int8 is not None
+    for given, what in (
+        (config.fused, "fused SwiGLU is an INT8 operator"),
+        (config.int8_lm_head, "int8_lm_head is part of rowint8"),
+        (config.activations, "INT8 activations are multiplied by INT8 weights"),
+    ):
+        if given and not int8:
+            raise SettingError(f"{what}; give quantization rowint8 with it")
     if config.fused and model.mlp_bias:
         raise EngineError("this model's MLP has a bias, which the fused SwiGLU has not; give --no-fused")
     fused = int8 and not model.mlp_bias if config.fused is None else config.fused
-    return WeightFormat(config.torch_dtype(model), device, int8, fused, config.int8_lm_head)
+    rotation = _rotation(config, model, device)
+    return WeightFormat(config.torch_dtype(model), device, int8, fused, config.int8_lm_head, rotation)
+
+
+def _rotation(config: EngineConfig, model: ModelConfig, device: torch.device) -> int | None:
+    """The largest rotated block of INT8 activations, None without them; EngineError where they cannot be had."""
+    stored = model.stored_int8
+    if stored and config.activations and stored.rotation is None:
+        raise EngineError(
+            "activations is int8, and the checkpoint holds INT8 rows that are not rotated for it; give the original, "
+            "or what `rowint8 quantize --activations int8` made of it"
+        )
+    rotation = stored.rotation if stored else LARGEST_BLOCK if config.activations else None
+    obstacle = _obstacle(device) if rotation else None
+    if obstacle and stored:
+        raise EngineError(f"the checkpoint is for INT8 activations, and on this card {obstacle}; give the original")
+    if obstacle:
+        _logger.warning("activations are not rounded to INT8: on this card %s", obstacle)
+    return None if obstacle else rotation
+
+
+def _obstacle(device: torch.device) -> str | None:
+    """Why the device does not multiply INT8 activations fast, if so."""
+    if device.type != "cuda":
+        return None
+    from rowint8.kernels.tiles.card import why_weight_only
+
+    return why_weight_only(device)
 
 
 def make_runner(model: Decoder, config: EngineConfig) -> tuple[ModelRunner, float]:
@@ -65,7 +114,7 @@ def make_runner(model: Decoder, config: EngineConfig) -> tuple[ModelRunner, floa
     weights, size, mode = model.weight_format, config.block_size, config.mode_on(model.weight_format.device)
     backend = attention.choose(model.config, weights.dtype, weights.device, size)
     most = min(config.max_context or model.config.max_position_embeddings, model.config.max_position_embeddings)
-    warmed = _warm_up(model, config) if weights.int8 and weights.device.type == "cuda" else 0.0
+    warmed = _warm_up(model, config) if weights.int8 else 0.0
     start = perf_counter()
     if mode != "eager":
         model.compile_layers()
@@ -95,24 +144,48 @@ def _compile(runner: ModelRunner, mode: str) -> None:
 
 def _warm_up(model: Decoder, config: EngineConfig) -> float:
     """Compiles every INT8 kernel that a step may launch, whatever its number of tokens; the seconds it took."""
-    from rowint8.kernels.warmup import WeightShape, warmup
+    start, weights = perf_counter(), model.weight_format
+    if weights.device.type == "cpu" and weights.rotation is None:
+        return 0.0
+    if weights.device.type == "cpu":
+        library()
+        return perf_counter() - start
+    from rowint8.kernels.warmup import warmup
 
-    layer: Any = model.layers[0]  # all are alike
-    products: Any = [("linear", layer.attention.qkv), ("linear", layer.attention.o), ("linear", layer.mlp.down)]
-    products += [("swiglu" if layer.mlp.fused else "linear", layer.mlp.gate_up)]
-    calls = [WeightShape(op, *part.values.shape, has_bias=part.bias is not None) for op, part in products]
-    if layer.post_norm.fused:
-        calls.append(WeightShape("add_rms_norm", model.config.hidden_size, model.config.hidden_size))
-    needed = [(calls, config.max_batch_tokens)]
+    needed = [(list(_calls(model)), config.max_batch_tokens)]
     if isinstance(model.lm_head, Int8Linear):
-        n, k = model.lm_head.values.shape
-        needed.append(([WeightShape("linear", n, k)], config.max_seqs))
+        needed.append((list(_product_calls(model.lm_head, "linear")), config.max_seqs))
     try:
-        return sum(
-            warmup(each, model.weight_format.dtype, model.weight_format.device, most).seconds for each, most in needed
-        )
+        for calls, most in needed:
+            warmup(calls, weights.dtype, weights.device, most)
     except ValueError as error:  # a damaged file of tiles, or a card that no kernel is for
         raise EngineError(str(error)) from error
+    return perf_counter() - start
+
+
+def _calls(model: Decoder) -> "Iterator[WeightShape]":
+    """What a step calls with all its tokens. All layers are alike."""
+    from rowint8.kernels.warmup import WeightShape
+
+    layer: Any = model.layers[0]
+    for part in (layer.attention.qkv, layer.attention.o, layer.mlp.down):
+        yield from _product_calls(part, "linear")
+    yield from _product_calls(layer.mlp.gate_up, "swiglu" if layer.mlp.fused else "linear")
+    for norm in (layer.post_norm, model.norm):
+        if norm.fused:
+            size = model.config.hidden_size
+            op, n = ("add_rms_norm_int8", norm.block) if norm.block else ("add_rms_norm", size)
+            yield WeightShape(op, n, size)
+
+
+def _product_calls(layer: Int8Linear, op: Literal["linear", "swiglu"]) -> "Iterator[WeightShape]":
+    from rowint8.kernels.warmup import WeightShape
+
+    n, k = layer.values.shape
+    if layer.block:
+        yield WeightShape("quantize_tokens", layer.block, k)
+    int8_op = "linear_int8" if op == "linear" else "swiglu_int8"
+    yield WeightShape(int8_op if layer.block else op, n, k, layer.bias is not None)
 
 
 def _cache(model: Decoder, num_blocks: int, block_size: int) -> KvCache:

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 INT8_MAX = 127
-LARGEST_BLOCK = 256
+BLOCKS = (16, 32, 64, 128, 256)
+"""Columns that can be rotated together."""
+LARGEST_BLOCK = BLOCKS[-1]
 """K of most models divided among eight ranks still has whole blocks of this size."""
-SMALLEST_BLOCK = 16
 LARGEST_K = (2**31 - 1) // INT8_MAX**2
 """Inputs of a weight up to which int32 holds every sum."""
 LEAST_ABSMAX = 2.0**-100
@@ -34,7 +35,7 @@ def rotation_block(k: int, largest: int = LARGEST_BLOCK) -> int:
     """Columns that are rotated together in a weight of K inputs: the largest power of two that divides K, at most
     `largest`, itself a power of two. 1, which is no rotation, where that is below 16."""
     block = math.gcd(k, largest)
-    return block if block >= SMALLEST_BLOCK else 1
+    return block if block in BLOCKS else 1
 
 
 def rotate(x: Tensor, block: int) -> Tensor:

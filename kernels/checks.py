@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor
 
-from rowint8.kernels.activations import LARGEST_BLOCK, LARGEST_K
+from rowint8.kernels.activations import BLOCKS, LARGEST_K
 
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BLOCKS = tuple(2**power for power in range(LARGEST_BLOCK.bit_length()))
-"""Sizes of rotated blocks that kernels take; 1 rotates nothing."""
 
 
 def check_linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
@@ -68,10 +66,10 @@ def check_tokens(x: Tensor, block: int) -> None:
     check_dtype(x.dtype)
     if x.dim() == 0:
         raise ValueError("rowint8: activations must be [..., K], got a scalar")
-    if block not in BLOCKS or x.shape[-1] % block:
+    if block not in (1, *BLOCKS) or x.shape[-1] % block:
         raise ValueError(
-            f"rowint8: cannot rotate {x.shape[-1]} columns in blocks of {block}; accepted are powers of two up to "
-            f"{LARGEST_BLOCK} that divide the columns"
+            f"rowint8: cannot rotate {x.shape[-1]} columns in blocks of {block}; accepted are 1, which is no rotation, "
+            f"and what divides the columns of {', '.join(map(str, BLOCKS))}"
         )
 
 

@@ -21,7 +21,7 @@ _product = torch._int_mm  # pyright: ignore[reportPrivateImportUsage]
 
 def quantize_tokens(tokens: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Contiguous [M, K]; see `ops.quantize_tokens`."""
-    if (built := library()) is None or 1 < block < activations.SMALLEST_BLOCK:
+    if (built := library()) is None:
         return activations.quantize_tokens(tokens, block)
     tokens = tokens if tokens.dtype in _PLAIN else tokens.float()
     (m, k), threads = tokens.shape, _threads(tokens.numel())

@@ -40,7 +40,7 @@ def _options(kind: type) -> dict[str, Parameter]:
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
         flag = [f"--{field.name.replace('_', '-')}"] if field.default is False else []  # else typer adds --no-...
-        choices = f"<{'|'.join(get_args(hint))}>" if get_origin(hint) is Literal else None
+        choices = f"<{'|'.join(get_args(kind))}>" if get_origin(kind := _accepted(hint)[-1]) is Literal else None
         annotation = Annotated[_option_type(hint), typer.Option(*flag, help=docs[field.name], metavar=choices)]
         default = Parameter.empty if field.default is dataclasses.MISSING else field.default
         parameters[field.name] = Parameter(
@@ -54,11 +54,16 @@ def _options(kind: type) -> dict[str, Parameter]:
 
 def _option_type(hint: Any) -> Any:
     """What typer parses an argument into; the dataclass checks the value."""
-    accepted = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    *_, kind = [each for each in accepted if each is not NoneType]
+    kind = _accepted(hint)[-1]
     if get_origin(kind) is Literal:
         return type(get_args(kind)[0])
     return list[get_args(kind)[0]] if get_origin(kind) is tuple else kind
+
+
+def _accepted(hint: Any) -> list[Any]:
+    """The types that a field accepts, but None."""
+    accepted = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return [each for each in accepted if each is not NoneType]
 
 
 def _field_docs(kind: type) -> dict[str, str]:
