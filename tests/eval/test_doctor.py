@@ -191,6 +191,7 @@ def test_advice_names_the_better_method(cards, tmp_path):
 
 
 def test_a_missing_plugin_has_a_reason(monkeypatch):
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(doctor, "run_worker", lambda *_: ["fp8"])
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     assert "does not find the plugin" in str(doctor.plugin_problem())
