@@ -65,6 +65,39 @@ SHAPES = _named()
 """Name to shapes: models name all of theirs; single ones are "gate_up" (of the default model), "qwen2.5-0.5b/qkv"."""
 
 
+class ExpertsShape(NamedTuple):
+    """A layer of experts."""
+
+    name: str
+    experts: int
+    topk: int
+    hidden: int
+    intermediate: int
+
+
+def _experts(model: str) -> ExpertsShape:
+    config = MODELS[model]
+    experts = config.get("num_experts") or config["num_local_experts"]
+    intermediate = config.get("moe_intermediate_size") or config["intermediate_size"]
+    return ExpertsShape(model, experts, config["num_experts_per_tok"], config["hidden_size"], intermediate)
+
+
+EXPERTS = {model: _experts(model) for model in ("qwen3-30b-a3b", "mixtral-8x7b")}
+"""Name to the layer of a mixture of experts that `ops.experts` is timed with."""
+EXPERTS_COUNTS = (1, 8, 32, 128, 256, 1024, 8192)
+
+
+def select_experts(names: str) -> list[ExpertsShape]:
+    """The layers that comma-separated names stand for.
+
+    Raises:
+        EvalError: a name is unknown.
+    """
+    if unknown := [name for name in names.split(",") if name not in EXPERTS]:
+        raise EvalError(f"--shapes has {', '.join(unknown)}; with --op experts accepted are {', '.join(EXPERTS)}")
+    return [EXPERTS[name] for name in names.split(",")]
+
+
 def select_shapes(names: str) -> list[Shape]:
     """The shapes that comma-separated names stand for, each once.
 

@@ -18,8 +18,12 @@ def bytes_moved(row: KernelRow) -> int:
     """What a call must read and write at least.
 
     A product: the INT8 weight, its scales and the activations, read: INT8 tokens once they are rounded.
-    `add_rms_norm`: x and the residual read, the normalized rows and the sum written.
+    `add_rms_norm`: x and the residual read, the normalized rows and the sum written. `experts`: both weights of each
+    expert in use, and the tokens.
     """
+    if row.experts_used:
+        weights = row.N * row.K * 3 // 2 + 2 * (row.N + row.K)
+        return round(row.experts_used * weights) + row.M * row.K * _ACTIVATION_BYTES
     if row.op == "add_rms_norm":
         return 4 * row.M * row.N * _ACTIVATION_BYTES
     return row.N * row.K + 2 * row.N + row.M * row.K * (1 if multiplies_int8(row) else _ACTIVATION_BYTES)
@@ -27,6 +31,8 @@ def bytes_moved(row: KernelRow) -> int:
 
 def operations(row: KernelRow) -> int:
     """Multiplications and additions of the product; 0 for `add_rms_norm`."""
+    if row.topk:
+        return 3 * row.M * row.topk * row.N * row.K
     return 0 if row.op == "add_rms_norm" else 2 * row.M * row.N * row.K
 
 

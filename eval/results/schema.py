@@ -318,6 +318,7 @@ KernelOp = Literal[
     "swiglu_int8",
     "quantize_tokens+linear_int8",
     "quantize_tokens+swiglu_int8",
+    "experts",
 ]
 """The operators of `rowint8.kernels.ops`. INT8 products are timed twice: on tokens that are rounded already, and with
 their rounding."""
@@ -348,6 +349,10 @@ class KernelRow:
     """Microseconds of the host to queue a call, for some entries of `us`."""
     compiler: Annotated[dict[Name, Compilation] | None, Field(exclude_if=lambda value: value is None)] = None
     """For the entries of `us` that torch.compile made; absent where there are none."""
+    experts_used: Annotated[Positive | None, Field(exclude_if=lambda value: value is None)] = None
+    """Of `experts`, whose gate_up is [N, K] and down [K, N / 2]: how many a call reads, in the mean."""
+    topk: Annotated[Count | None, Field(exclude_if=lambda value: value is None)] = None
+    """Experts a token, likewise."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
