@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from itertools import chain
 from pathlib import Path
@@ -16,6 +16,8 @@ from rowint8.eval.errors import EvalError
 from rowint8.eval.kernels.shapes import (
     CHAIN_COUNTS,
     EVERY_COUNT,
+    EXPERTS,
+    EXPERTS_COUNTS,
     FEW_COUNTS,
     INT8_FORMS,
     SHAPES,
@@ -23,6 +25,7 @@ from rowint8.eval.kernels.shapes import (
     WEIGHT_OPS,
     parse_ops,
     parse_tokens,
+    select_experts,
     select_shapes,
     shapes_with,
 )
@@ -30,6 +33,7 @@ from rowint8.eval.models import DEFAULT_MODEL, MODELS
 
 if TYPE_CHECKING:
     from rowint8.eval.kernels.tune import Choice, Job
+    from rowint8.eval.results.schema import KernelRow
 
 COMPILE_TOKENS = (1, 16, 128, 2048)
 _WEIGHT_ONLY = ",".join(WEIGHT_OPS)
@@ -53,7 +57,8 @@ Ops = Annotated[
     typer.Option(
         "--op",
         help=f"Comma-separated: {', '.join(WEIGHT_OPS)}; {', '.join(INT8_FORMS.values())} of INT8 tokens, which "
-        "are timed with and without their rounding, beside vLLM's CUTLASS INT8 and FP8 where it is installed.",
+        "are timed with and without their rounding, beside vLLM's CUTLASS INT8 and FP8 where it is installed; or "
+        f"experts alone, whose --shapes are {', '.join(EXPERTS)}.",
     ),
 ]
 Activations = Annotated[Dtype, typer.Option(help="Dtype of the activations.")]
@@ -116,7 +121,19 @@ def bench_kernels(
     Example: rowint8 bench kernels --peers --shapes gate_up,o --json kernels.json
 
     Example: rowint8 bench kernels --op linear_int8,swiglu_int8 --json kernels-int8.json
+
+    Example: rowint8 bench kernels --op experts --peers --shapes qwen3-30b-a3b --json experts.json
     """
+    if op == "experts":
+        names = ",".join(EXPERTS) if shapes == DEFAULT_MODEL else shapes
+        layers, counts = select_experts(names), parse_tokens(tokens) if tokens is not None else EXPERTS_COUNTS
+        _require_gpu("experts are")
+        import torch
+
+        from rowint8.eval.kernels.experts_bench import ExpertsBench
+
+        bench = ExpertsBench(getattr(torch, dtype.value), say, peers)
+        return _time(bench.rows(layers, counts), json_file, append)
     ops = parse_ops(op)
     weight_only = shapes_with(select_shapes(shapes), lambda name: name in ops)
     int8 = shapes_with(select_shapes(shapes), lambda name: INT8_FORMS.get(name) in ops)
@@ -129,20 +146,26 @@ def bench_kernels(
     from rowint8.eval.kernels.bench import KernelBench
     from rowint8.eval.kernels.inductor import MODES
     from rowint8.eval.kernels.int8_bench import Int8Bench
-    from rowint8.eval.kernels.timing import measure_ceilings
-    from rowint8.eval.report.kernels import kernel_tables, worst_table
-    from rowint8.eval.results.schema import KernelRow
 
     names = (["marlin", "machete", "gemlite"] if peers else []) + (["humming"] if humming else [])
     number_format = getattr(torch, dtype.value)
     bench = KernelBench(number_format, say, names, list(MODES) if compile_ else [])
     int8_bench = Int8Bench(number_format, say)
+    _time(chain(bench.rows(weight_only, counts), int8_bench.rows(int8, counts)), json_file, append)
+
+
+def _time(rows: Iterator["KernelRow"], json_file: Path | None, append: bool) -> None:
+    """Measures the rows, keeps them as they come and prints them."""
+    from rowint8.eval.kernels.timing import measure_ceilings
+    from rowint8.eval.report.kernels import kernel_tables, worst_table
+    from rowint8.eval.results.schema import KernelRow
+
     kept = Kept(json_file, KernelRow, append, lambda row: (row.op, row.shape, row.M, row.dtype), _WRITE_EVERY_S)
     try:
         with err.status("ceilings") as status:
             kept.ceilings = ceilings = measure_ceilings()
             status.update("getting ready")
-            for row in chain(bench.rows(weight_only, counts), int8_bench.rows(int8, counts)):
+            for row in rows:
                 kept.add([row])
                 status.update(f"{row.op} {row.shape} M = {row.M}")
     finally:
