@@ -12,14 +12,15 @@ from torch import Tensor
 
 from rowint8.kernels.few_tokens import few_tokens_product
 from rowint8.kernels.hopper.launch import hopper_product
+from rowint8.kernels.int8_matmul import int8_triton_product
 from rowint8.kernels.tiles.card import card_of
 from rowint8.kernels.tiles.pick import Product, can_run, pick_tile, tokens_between_changes
 from rowint8.kernels.tiles.types import FewTokensTile, HopperTile, Tile, TritonTile
 from rowint8.kernels.tiles.user import tile_for, user_tiles
 from rowint8.kernels.triton_matmul import triton_product
 
-OPERATORS = {"linear": False, "swiglu": True}
-"""The products, and whether SwiGLU is fused into them."""
+OPERATORS = {"linear": False, "swiglu": True, "linear_int8": False, "swiglu_int8": True}
+"""The products, and whether SwiGLU is fused into them. Those of INT8 tokens are called as `run_int8`."""
 _LAUNCHERS: dict[type, Callable[..., Tensor]] = {
     TritonTile: triton_product,
     FewTokensTile: few_tokens_product,
@@ -41,12 +42,39 @@ def run(
     fused = OPERATORS[op]
     if not tokens.shape[0] or not values.shape[0]:
         return tokens.new_empty(tokens.shape[0], values.shape[0] // (1 + fused))
-    if tile is None:
-        tile = choose(op, tokens, values)
-    elif not (tile.serves(op) and can_run(tile, _product(op, tokens, values), card_of(tokens.device))):
-        shape = f"{list(tokens.shape)} {tokens.dtype} activations and a weight {list(values.shape)}"
-        raise ValueError(f"{tile} cannot run {op} of {shape} on {tokens.device}; give another tile, or none")
+    tile = _checked(op, tokens, values, tile)
     return _LAUNCHERS[type(tile)](tokens, values, scale, bias, tile, fused)
+
+
+def run_int8(
+    op: str,
+    tokens: Tensor,
+    token_scale: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    tile: Tile | None = None,
+) -> Tensor:
+    """`op` ("linear_int8" or "swiglu_int8") of contiguous INT8 tokens [M, K]; all else as `run`."""
+    fused = OPERATORS[op]
+    if not tokens.shape[0] or not values.shape[0]:
+        return scale.new_empty(tokens.shape[0], values.shape[0] // (1 + fused), dtype=dtype)
+    tile = _checked(op, tokens, values, tile)
+    if isinstance(tile, HopperTile):
+        return hopper_product(tokens, values, scale, bias, tile, fused, token_scale, dtype)
+    assert isinstance(tile, TritonTile)
+    return int8_triton_product(tokens, token_scale, values, scale, bias, dtype, tile, fused)
+
+
+def _checked(op: str, tokens: Tensor, values: Tensor, tile: Tile | None) -> Tile:
+    """The tile given, if its kernel can run the product, or else the one that `choose` returns."""
+    if tile is None:
+        return choose(op, tokens, values)
+    if tile.serves(op) and can_run(tile, _product(op, tokens, values), card_of(tokens.device)):
+        return tile
+    shape = f"{list(tokens.shape)} {tokens.dtype} activations and a weight {list(values.shape)}"
+    raise ValueError(f"{tile} cannot run {op} of {shape} on {tokens.device}; give another tile, or none")
 
 
 def choose(op: str, tokens: Tensor, values: Tensor, of_user: bool = True) -> Tile:
@@ -77,11 +105,11 @@ _ALIGNMENT = 16
 
 
 def aligned(tokens: Tensor, values: Tensor) -> bool:
-    """Whether the kernels in Gluon can read contiguous operands 16 bytes at a time: activations are 16-bit, rows and
-    addresses are on 16 bytes, and neither is empty."""
+    """Whether the kernels in Gluon can read contiguous operands 16 bytes at a time: activations are 16-bit or INT8,
+    rows and addresses are on 16 bytes, and neither is empty."""
     on_16_bytes = tokens.data_ptr() % _ALIGNMENT == 0 and values.data_ptr() % _ALIGNMENT == 0
     k = values.shape[1]
-    return on_16_bytes and k > 0 and k % _ALIGNMENT == 0 and tokens.dtype in (torch.bfloat16, torch.float16)
+    return on_16_bytes and k > 0 and k % _ALIGNMENT == 0 and tokens.dtype in (torch.bfloat16, torch.float16, torch.int8)
 
 
 def tokens_by_tile(op: str, token: Tensor, values: Tensor, max_tokens: int) -> dict[Tile, int]:

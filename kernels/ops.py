@@ -84,7 +84,7 @@ def quantize_tokens(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
     Args:
         x: fp32, bf16 or fp16 [..., K].
-        block: columns that are rotated together, as in the weight: a power of two up to 256 that divides K; 1 is none.
+        block: columns that are rotated together, as in the weight: one of `activations.BLOCKS` that divides K, or 1.
 
     Returns:
         (int8 [..., K], fp32 [...]): the token in INT8 and its scale, NaN where the token has NaN or Inf.
@@ -268,15 +268,15 @@ def _add_rms_norm_int8_cuda(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _linear_int8_cuda(*given: Any) -> Tensor:
-    from rowint8.kernels.int8_product import int8_product
+    from rowint8.kernels.dispatch import run_int8
 
-    return int8_product(*given, fused=False)
+    return run_int8("linear_int8", *given)
 
 
 def _swiglu_int8_cuda(tokens: Tensor, token_scale: Tensor, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    from rowint8.kernels.int8_product import int8_product
+    from rowint8.kernels.dispatch import run_int8
 
-    return int8_product(tokens, token_scale, values, scale, None, dtype, fused=True)
+    return run_int8("swiglu_int8", tokens, token_scale, values, scale, None, dtype)
 
 
 def _experts_cuda(*given: Any) -> Tensor:

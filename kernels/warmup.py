@@ -21,14 +21,18 @@ from triton.runtime import driver
 
 from rowint8.kernels import dispatch
 from rowint8.kernels.add_rms_norm import add_rms_norm
+from rowint8.kernels.int8_tokens import add_rms_norm_int8, quantize_tokens
 
 _THREADS = 8
 
 
 class WeightShape(NamedTuple):
-    """An operator and the weight [n, k] that it is called with; for `add_rms_norm`, n = k is the hidden size."""
+    """An operator and the weight [n, k] that it is called with; for `add_rms_norm`, n = k is the hidden size. For the
+    operators that round tokens to INT8, n is the block of the rotation."""
 
-    op: Literal["linear", "swiglu", "add_rms_norm"]
+    op: Literal[
+        "linear", "swiglu", "add_rms_norm", "linear_int8", "swiglu_int8", "quantize_tokens", "add_rms_norm_int8"
+    ]
     n: int
     k: int
     has_bias: bool = False
@@ -49,7 +53,8 @@ def warmup(weights: Iterable[WeightShape], dtype: torch.dtype, device: torch.dev
         return Ready(0, 0.0)
     start = perf_counter()
     shapes = [weight for weight in dict.fromkeys(weights) if weight.n and weight.k]
-    scratch = torch.empty(max((w.n * w.k for w in shapes), default=0), dtype=torch.int8, device=device)
+    products = [w.n * w.k for w in shapes if w.op in dispatch.OPERATORS]
+    scratch = torch.empty(max(products, default=0), dtype=torch.int8, device=device)
     groups = defaultdict(list)
     for weight in shapes:
         for variant, launch in _launches(weight, scratch, dtype, max_tokens):
@@ -71,10 +76,10 @@ def _launches(
     Launches with the same variant share a kernel, and are left to one thread, lest two compile it.
     """
     op, n, k, has_bias = weight
-    if op == "add_rms_norm":
-        yield (op, n), (weight, 1)
+    if op not in dispatch.OPERATORS:
+        yield (op, n, k), (weight, 1)
         return
-    token = torch.empty(1, k, dtype=dtype, device=scratch.device)
+    token = torch.empty(1, k, dtype=_token_dtype(op, dtype), device=scratch.device)
     for tile, m in dispatch.tokens_by_tile(op, token, _weight_in(scratch, weight), max_tokens).items():
         yield (has_bias, *dispatch.compilation(op, tile, n, k)), (weight, m)
 
@@ -84,13 +89,33 @@ def _launch(launches: list[tuple[WeightShape, int]], scratch: Tensor, dtype: tor
     with torch.cuda.device(device):
         for weight, m in launches:
             op, n, k, has_bias = weight
-            x = torch.empty(m, k, dtype=dtype, device=device)
+            x = torch.empty(m, k, dtype=_token_dtype(op, dtype), device=device)
+            if op not in dispatch.OPERATORS:
+                _launch_norm(op, x, n)
+                continue
             vector, scale = (torch.empty(n, dtype=each, device=device) for each in (dtype, torch.float16))
+            bias = vector if has_bias else None
             values = _weight_in(scratch, weight)
-            if op == "add_rms_norm":
-                add_rms_norm(x, x, vector, 1e-5)
+            if x.dtype == torch.int8:
+                token_scale = torch.empty(m, dtype=torch.float32, device=device)
+                dispatch.run_int8(op, x, token_scale, values, scale, bias, dtype)
             else:
-                dispatch.run(op, x, values, scale, vector if has_bias else None)
+                dispatch.run(op, x, values, scale, bias)
+
+
+def _launch_norm(op: str, x: Tensor, block: int) -> None:
+    """Launches what makes tokens for products."""
+    weight = torch.empty(x.shape[1], dtype=x.dtype, device=x.device)
+    if op == "add_rms_norm":
+        add_rms_norm(x, x, weight, 1e-5)
+    elif op == "add_rms_norm_int8":
+        add_rms_norm_int8(x, x, weight, 1e-5, block)
+    else:
+        quantize_tokens(x, block)
+
+
+def _token_dtype(op: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.int8 if op in ("linear_int8", "swiglu_int8") else dtype
 
 
 def _weight_in(scratch: Tensor, weight: WeightShape) -> Tensor:

@@ -32,12 +32,22 @@ def _swiglu(acc):
 
 
 @gluon.jit
-def finish(acc, factor, offset, out, row, token, new, M, N, FUSED: gl.constexpr):
+def finish(acc, factor, offset, token_scale, out, row, token, new, M, N, FUSED: gl.constexpr):
     """Stores a part of a tile [R, BM], which begins at a row and a token; tokens before `new` are stored already."""
+    acc = acc.to(gl.float32) * factor[:, None]
+    if token_scale is not None:
+        tokens = token + gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
+        of_token = gl.load(token_scale + tokens, mask=tokens < M, other=0.0)[None, :]
     if FUSED:
-        _store(_swiglu(acc * factor[:, None]), out, row // 2, token, new, M, N // 2)
+        if token_scale is not None:
+            acc *= of_token
+        _store(_swiglu(acc), out, row // 2, token, new, M, N // 2)
     else:
-        _store(acc * factor[:, None] + offset[:, None], out, row, token, new, M, N)
+        if token_scale is not None:
+            acc = gl.fma(acc, of_token + gl.zeros_like(acc), offset[:, None] + gl.zeros_like(acc))
+        else:
+            acc += offset[:, None]
+        _store(acc, out, row, token, new, M, N)
 
 
 @gluon.jit

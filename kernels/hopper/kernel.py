@@ -51,6 +51,8 @@ class Config(NamedTuple):
     stages: int
     shared: bool
     group: int
+    itemsize: int
+    """Bytes of one activation: 2, or 1 for INT8 tokens, which are multiplied as they are."""
 
 
 @gluon.jit
@@ -128,7 +130,7 @@ def _load_weight(weight, w_ring, full, stage, pid_n, step, config: gl.constexpr)
     BLOCK_K: gl.constexpr = config.block_k
     FUSED: gl.constexpr = config.fused
     arrived = full.index(stage)
-    mbarrier.expect(arrived, DEEP * BLOCK_K * (ACROSS * ROWS + 2 * WIDTH))
+    mbarrier.expect(arrived, DEEP * BLOCK_K * (ACROSS * ROWS + config.itemsize * WIDTH))
     for depth in gl.static_range(DEEP):
         k = (step * DEEP + depth) * BLOCK_K
         for side in gl.static_range(ACROSS):
@@ -147,8 +149,7 @@ def _after(stage, phase, STAGES: gl.constexpr):
 @gluon.jit
 def _consume(given, CONSUMER: gl.constexpr, config: gl.constexpr):
     """Multiplies this consumer's share of every tile of this program; the first in depth stores the result."""
-    out, scale, bias, parts, flags, rings, deeper, tiles, M, N = given
-    w_ring, x_ring, tail_ring, full, empty = rings
+    out, token_scale, scale, bias, parts, flags, rings, deeper, tiles, M, N = given
     sums, tail_sums, summed, taken = deeper
     tiles_m, tiles_n, steps, waves = tiles
     FUSED: gl.constexpr = config.fused
@@ -158,14 +159,17 @@ def _consume(given, CONSUMER: gl.constexpr, config: gl.constexpr):
     ROWS: gl.constexpr = config.rows
     BLOCK_M: gl.constexpr = config.block_m
     TAIL: gl.constexpr = config.tail
-    STAGES: gl.constexpr = config.stages
     SHARED: gl.constexpr = config.shared
     GROUP: gl.constexpr = config.group
+    SUM: gl.constexpr = gl.int32 if config.itemsize == 1 else gl.float32
+    DEPTH_OF_MMA: gl.constexpr = 32 // config.itemsize
     SIDE: gl.constexpr = CONSUMER % ACROSS
     DEPTH: gl.constexpr = CONSUMER // ACROSS
-    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, DEPTH_OF_MMA]
+    )
     SECOND: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, max(TAIL, 8), 16]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, max(TAIL, 8), DEPTH_OF_MMA]
     )
     begin, end, total = share(tiles_m * tiles_n, waves, steps)
     tail_parts = parts
@@ -179,20 +183,12 @@ def _consume(given, CONSUMER: gl.constexpr, config: gl.constexpr):
         pid_m, pid_n = _block(tile, tiles_m, tiles_n, GROUP)
         row = (pid_n * ACROSS + SIDE) * ROWS
         factor, offset = factors_of(scale, bias, row, N, ROWS, FUSED, HAS_BIAS, ACC)
-        acc = gl.zeros([ROWS, BLOCK_M], gl.float32, ACC)
-        tail = gl.zeros([ROWS, max(TAIL, 8)], gl.float32, SECOND)
-        w = _widened(w_ring, x_ring, full, stage, phase, CONSUMER, config, ACC)
-        for _ in range(first + 1, last):
-            acc, tail = _multiply(w, x_ring, tail_ring, stage * DEEP + DEPTH, acc, tail, TAIL, SECOND)
-            done = stage
-            stage, phase = _after(stage, phase, STAGES)
-            w = _widened(w_ring, x_ring, full, stage, phase, CONSUMER, config, ACC)
-            acc, tail = _multiplied(acc, tail, TAIL)
-            mbarrier.arrive(empty.index(done), count=1)
-        acc, tail = _multiply(w, x_ring, tail_ring, stage * DEEP + DEPTH, acc, tail, TAIL, SECOND)
-        acc, tail = _multiplied(acc, tail, TAIL)
-        mbarrier.arrive(empty.index(stage), count=1)
-        stage, phase = _after(stage, phase, STAGES)
+        acc = gl.zeros([ROWS, BLOCK_M], SUM, ACC)
+        tail = gl.zeros([ROWS, max(TAIL, 8)], SUM, SECOND)
+        if config.itemsize == 1:
+            acc, tail, stage, phase = _sum_int8(rings, acc, tail, last - first, stage, phase, CONSUMER, config)
+        else:
+            acc, tail, stage, phase = _sum_widened(rings, acc, tail, last - first, stage, phase, CONSUMER, config)
         if DEPTH > 0:
             mbarrier.wait(taken.index(CONSUMER - ACROSS), (turn & 1) ^ 1)
             sums.index(CONSUMER - ACROSS).store(acc)
@@ -221,13 +217,73 @@ def _consume(given, CONSUMER: gl.constexpr, config: gl.constexpr):
                     )
                 token = _first_token(pid_m, M, BLOCK_M + TAIL)
                 new = pid_m * (BLOCK_M + TAIL)
-                finish(acc, factor, offset, out, row, token, new, M, N, FUSED)
+                finish(acc, factor, offset, token_scale, out, row, token, new, M, N, FUSED)
                 if TAIL > 0:
                     tail_token = _tail_token(token, M, config)
                     factors = gl.convert_layout(factor, gl.SliceLayout(1, SECOND))
                     offsets = gl.convert_layout(offset, gl.SliceLayout(1, SECOND))
                     tail_new = gl.maximum(new, token + BLOCK_M)
-                    finish(tail, factors, offsets, out, row, tail_token, tail_new, M, N, FUSED)
+                    finish(tail, factors, offsets, token_scale, out, row, tail_token, tail_new, M, N, FUSED)
+
+
+@gluon.jit
+def _sum_widened(rings, acc, tail, steps, stage, phase, CONSUMER: gl.constexpr, config: gl.constexpr):
+    """Adds this consumer's share of so many stages to its sums; with them, the stage behind and its phase."""
+    w_ring, x_ring, tail_ring, full, empty = rings
+    ACC: gl.constexpr = acc.type.layout
+    SECOND: gl.constexpr = tail.type.layout
+    DEEP: gl.constexpr = config.deep
+    DEPTH: gl.constexpr = CONSUMER // config.across
+    TAIL: gl.constexpr = config.tail
+    STAGES: gl.constexpr = config.stages
+    w = _widened(w_ring, x_ring, full, stage, phase, CONSUMER, config, ACC)
+    for _ in range(1, steps):
+        acc, tail = _multiply(w, x_ring, tail_ring, stage * DEEP + DEPTH, acc, tail, TAIL, SECOND)
+        done = stage
+        stage, phase = _after(stage, phase, STAGES)
+        w = _widened(w_ring, x_ring, full, stage, phase, CONSUMER, config, ACC)
+        acc, tail = _multiplied(acc, tail, TAIL, 0)
+        mbarrier.arrive(empty.index(done), count=1)
+    acc, tail = _multiply(w, x_ring, tail_ring, stage * DEEP + DEPTH, acc, tail, TAIL, SECOND)
+    acc, tail = _multiplied(acc, tail, TAIL, 0)
+    mbarrier.arrive(empty.index(stage), count=1)
+    stage, phase = _after(stage, phase, STAGES)
+    return acc, tail, stage, phase
+
+
+@gluon.jit
+def _sum_int8(rings, acc, tail, steps, stage, phase, CONSUMER: gl.constexpr, config: gl.constexpr):
+    """The same for INT8 tokens: both operands are in shared memory, and a stage is done when the next one has begun."""
+    STAGES: gl.constexpr = config.stages
+    TAIL: gl.constexpr = config.tail
+    empty = rings[4]
+    acc, tail = _multiply_int8(rings, acc, tail, stage, phase, CONSUMER, config)
+    for _ in range(1, steps):
+        done = stage
+        stage, phase = _after(stage, phase, STAGES)
+        acc, tail = _multiply_int8(rings, acc, tail, stage, phase, CONSUMER, config)
+        mbarrier.arrive(empty.index(done), count=1)
+    acc, tail = _multiplied(acc, tail, TAIL, 0)
+    mbarrier.arrive(empty.index(stage), count=1)
+    stage, phase = _after(stage, phase, STAGES)
+    return acc, tail, stage, phase
+
+
+@gluon.jit
+def _multiply_int8(rings, acc, tail, stage, phase, CONSUMER: gl.constexpr, config: gl.constexpr):
+    """Begins to add a stage, once it has arrived, and waits for the stage before."""
+    w_ring, x_ring, tail_ring, full, _ = rings
+    BLOCK_K: gl.constexpr = config.block_k
+    CONSUMERS: gl.constexpr = config.across * config.deep
+    SWIZZLE: gl.constexpr = w_ring.layout.swizzle_byte_width
+    mbarrier.wait(full.index(stage), phase)
+    w = w_ring.index(stage * CONSUMERS + CONSUMER)
+    w = _reinterpret(w, gl.int8, [config.rows, BLOCK_K], gl.NVMMASharedLayout(SWIZZLE, 8, 2))
+    place = stage * config.deep + CONSUMER // config.across
+    acc = warpgroup_mma(w, x_ring.index(place).permute((1, 0)), acc, is_async=True)
+    if config.tail > 0:
+        tail = warpgroup_mma(w, tail_ring.index(place).permute((1, 0)), tail, is_async=True)
+    return _multiplied(acc, tail, config.tail, 1)
 
 
 @gluon.jit
@@ -241,12 +297,12 @@ def _multiply(w, x_ring, tail_ring, place, acc, tail, TAIL: gl.constexpr, SECOND
 
 
 @gluon.jit
-def _multiplied(acc, tail, TAIL: gl.constexpr):
-    """The sums, once they are there."""
+def _multiplied(acc, tail, TAIL: gl.constexpr, BEHIND: gl.constexpr):
+    """The sums, once all stages but so many are in them."""
     if TAIL > 0:
-        acc, tail = warpgroup_mma_wait(0, deps=[acc, tail])
+        acc, tail = warpgroup_mma_wait(2 * BEHIND, deps=[acc, tail])
     else:
-        acc = warpgroup_mma_wait(0, deps=[acc])
+        acc = warpgroup_mma_wait(BEHIND, deps=[acc])
     return acc, tail
 
 
@@ -270,10 +326,11 @@ def _widened(w_ring, x_ring, full, stage, phase, CONSUMER: gl.constexpr, config:
 
 
 @gluon.jit(do_not_specialize=["M", "waves"])
-def hopper_kernel(weight, x, x_tail, scale, bias, out, parts, flags, M, N, K, waves, config: gl.constexpr):
+def hopper_kernel(weight, x, x_tail, token_scale, scale, bias, out, parts, flags, M, N, K, waves, config: gl.constexpr):
     """Grid: at most one program a multiprocessor. `weight` and `x` are TMA descriptors; `out` is [M, N], or [M, N / 2]
-    for SwiGLU. Where programs share tiles, fp32 `parts` have room for the sums of one tile of each, zero int32 `flags`
-    one for each consumer that has sums, and each program takes `waves` whole tiles."""
+    for SwiGLU. INT8 tokens have a `token_scale`. Where programs share tiles, fp32 `parts` have room for the sums of one
+    tile of each, zero int32 `flags` one for each consumer that has sums, and each program takes `waves` whole tiles.
+    """
     ACROSS: gl.constexpr = config.across
     DEEP: gl.constexpr = config.deep
     ROWS: gl.constexpr = config.rows
@@ -294,11 +351,12 @@ def hopper_kernel(weight, x, x_tail, scale, bias, out, parts, flags, M, N, K, wa
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=CONSUMERS)
+    SUM: gl.constexpr = gl.int32 if config.itemsize == 1 else gl.float32
     SUMS: gl.constexpr = gl.SwizzledSharedLayout(vec=8, per_phase=1, max_phase=4, order=[1, 0])
-    sums = gl.allocate_shared_memory(gl.float32, [HANDED, ROWS if DEEP > 1 else 1, BLOCK_M], SUMS)
+    sums = gl.allocate_shared_memory(SUM, [HANDED, ROWS if DEEP > 1 else 1, BLOCK_M], SUMS)
     tail_sums = sums
     if TAIL > 0:
-        tail_sums = gl.allocate_shared_memory(gl.float32, [HANDED, ROWS if DEEP > 1 else 1, TAIL], SUMS)
+        tail_sums = gl.allocate_shared_memory(SUM, [HANDED, ROWS if DEEP > 1 else 1, TAIL], SUMS)
     summed = gl.allocate_shared_memory(gl.int64, [HANDED, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [HANDED, 1], mbarrier.MBarrierLayout())
     for place in gl.static_range(HANDED):
@@ -309,7 +367,7 @@ def hopper_kernel(weight, x, x_tail, scale, bias, out, parts, flags, M, N, K, wa
     steps = gl.cdiv(K, DEEP * BLOCK_K)
     rings = (w_ring, x_ring, tail_ring, full, empty)
     tiles = (tiles_m, tiles_n, steps, waves)
-    given = (out, scale, bias, parts, flags, rings, (sums, tail_sums, summed, taken), tiles, M, N)
+    given = (out, token_scale, scale, bias, parts, flags, rings, (sums, tail_sums, summed, taken), tiles, M, N)
     feed = (weight, x, x_tail, rings, tiles, M)
     if CONSUMERS == 2:
         gl.warp_specialize(

@@ -26,25 +26,33 @@ _DESCRIPTORS = 4096
 
 
 def hopper_product(
-    tokens: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, tile: HopperTile, fused: bool = False
+    tokens: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    tile: HopperTile,
+    fused: bool = False,
+    token_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """linear, or swiglu where `fused`, of contiguous [M, K] activations; operands `aligned`, M, N and K at least 1, for
     SwiGLU N a multiple of 16.
 
-    Arguments as in `ops.linear`; compute capability 9.0.
+    Arguments as in `ops.linear`, or for INT8 tokens, which have a scale and take a tile of their own, as in
+    `ops.linear_int8`; compute capability 9.0.
     """
     (M, K), N = tokens.shape, values.shape[0]
-    out = torch.empty(M, N // 2 if fused else N, dtype=tokens.dtype, device=tokens.device)
+    out = torch.empty(M, N // 2 if fused else N, dtype=dtype or tokens.dtype, device=tokens.device)
     programs, waves = hopper_schedule(tile, M, N, K, card_of(tokens.device).hopper_processors)
     parts = flags = None
     if tile.shared:
         parts = torch.empty(programs, tile.rows * tile.width, dtype=torch.float32, device=tokens.device)
         flags = _flags(tokens.device, driver.active.get_current_stream(tokens.device.index))  # type: ignore[attr-defined]
-    variant = "hopper", fused, tile, N, K, traits(tokens, scale, bias)
+    variant = "hopper", fused, tile, N, K, out.dtype, traits(tokens, scale, bias)
     weight = _weight_map(values.data_ptr(), N, K, tile.block_k, fused)
     x = _token_map(tokens.data_ptr(), M, K, tokens.dtype, tile.block_m, tile.block_k)
     x_tail = _token_map(tokens.data_ptr(), M, K, tokens.dtype, tile.tail or tile.block_m, tile.block_k)
-    arguments = weight, x, x_tail, scale, bias, out, parts, flags, M, N, K, waves
+    arguments = weight, x, x_tail, token_scale, scale, bias, out, parts, flags, M, N, K, waves
     launch(hopper_kernel, variant, (programs, 1, 1), arguments, _constants(tile, fused, bias is not None), _OPTIONS)
     return out
 
@@ -55,7 +63,7 @@ _OPTIONS = dict(num_warps=4, launch_pdl=True)
 @cache
 def _constants(tile: HopperTile, fused: bool, has_bias: bool) -> dict[str, Config]:
     shape = tile.across, tile.deep, CONSUMER_ROWS, tile.block_m, tile.tail, tile.block_k, tile.stages
-    return {"config": Config(fused, has_bias, *shape, tile.shared, tile.group)}
+    return {"config": Config(fused, has_bias, *shape, tile.shared, tile.group, tile.itemsize)}
 
 
 _STREAMS = 64

@@ -4,6 +4,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+import triton
 
 
 class Card(NamedTuple):
@@ -27,3 +28,15 @@ def card_of(device: torch.device) -> Card:
     card = torch.cuda.get_device_properties(device)
     on_hopper = torch.cuda.get_device_capability(device) == (9, 0)
     return Card(card.shared_memory_per_block_optin, card.multi_processor_count if on_hopper else 0)
+
+
+def why_weight_only(device: torch.device) -> str | None:
+    """Why the card does not multiply INT8 tokens fast, if so."""
+    if device.type != "cuda":
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability == (10, 3):
+        return "its tensor cores are slow in INT8"
+    if capability[0] == 10 and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+        return f"Triton {triton.__version__} does not use its tensor cores for INT8; 3.9 does"
+    return None

@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
-from rowint8.kernels.tiles.types import HOPPER_TILES, HopperTile
+from rowint8.kernels.tiles.types import HOPPER_TILES, INT8_HOPPER_TILES, HopperTile
 
 
 class _Cost(NamedTuple):
@@ -46,6 +46,22 @@ _COSTS = {  # (block_m, block_k, across, deep, tail)
     (128, 64, 4, 1, 0): _Cost(11.76, 1.54),
     (256, 64, 2, 1, 0): _Cost(11.17, 1.25),
 }
+_INT8_COSTS = {  # to 26 numbers of tokens from 1 to 8192
+    (16, 256, 1, 2, 0): _Cost(0.42, 1.43),
+    (32, 128, 1, 2, 0): _Cost(0.56, 0.93),
+    (64, 128, 1, 2, 0): _Cost(1.25, 0.7),
+    (64, 128, 1, 2, 16): _Cost(1.42, 1.1),
+    (64, 128, 1, 2, 32): _Cost(1.74, 0.6),
+    (64, 256, 2, 1, 0): _Cost(1.99, 0.63),
+    (64, 128, 2, 1, 32): _Cost(2.26, 1.84),
+    (128, 128, 2, 1, 0): _Cost(2.62, 1.87),
+    (128, 128, 2, 1, 16): _Cost(3.25, 2.29),
+    (128, 128, 2, 1, 32): _Cost(3.44, 2.25),
+    (128, 128, 2, 1, 64): _Cost(3.78, 2.55),
+    (128, 128, 3, 1, 0): _Cost(3.79, 2.98),
+    (128, 128, 3, 1, 64): _Cost(5.6, 3.96),
+    (128, 128, 2, 1, 128): _Cost(4.92, 3.81),
+}
 _LAUNCH_US = 1.97
 _READ_MB_PER_US = 3.70
 _SHARE_US = 1.77
@@ -63,6 +79,8 @@ _ROWS_BEYOND = 16
 @cache
 def hopper_candidates(op: str, m: int) -> tuple[HopperTile, ...]:
     """The tiles of the Hopper kernel for m tokens, whole ones first."""
+    if op.endswith("_int8"):
+        return tuple(tile for tile in INT8_HOPPER_TILES if tile.block_m < max(2 * m, 17) and tile.width >= min(m, 64))
     beyond = m + _ROWS_BEYOND
     whole = [tile for tile in HOPPER_TILES if tile.block_m < beyond and tile.width >= min(m, 64)]
     shared = [replace(tile, shared=True) for tile in whole if tile.can_be_shared]
@@ -97,7 +115,7 @@ def hopper_us(tile: HopperTile, m: int, n: int, k: int, processors: int) -> floa
 
     With shared tiles a little more than estimated, as they must be worth their while.
     """
-    cost = _COSTS[tile.sizes]
+    cost = (_INT8_COSTS if tile.int8 else _COSTS)[tile.sizes]
     programs, waves = hopper_schedule(tile, m, n, k, processors)
     tiles = tile.count(m, n)
     sharing = 0.0

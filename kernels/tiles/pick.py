@@ -43,6 +43,12 @@ _SWIGLU = (
     (128, TritonTile(128, 128, 128, 8, 4), TritonTile(64, 64, 128, 4, 4)),
     (256, TritonTile(256, 128, 64, 8, 4), TritonTile(128, 64, 128, 4, 4)),
 )
+_INT8 = (  # up to this many tokens
+    (16, TritonTile(16, 64, 256, 4, 5)),
+    (32, TritonTile(32, 64, 256, 4, 5)),
+    (64, TritonTile(64, 64, 256, 4, 4)),
+)
+_INT8_PREFILL = TritonTile(128, 128, 128, 8, 4)
 _PREFILL = TritonTile(256, 128, 64, 8, 4)
 
 _FEW_WIDE = FewTokensTile(4, 1024)
@@ -57,7 +63,7 @@ class Product(NamedTuple):
     """What a tile is chosen for."""
 
     op: str
-    """"linear" or "swiglu"."""
+    """A key of `dispatch.OPERATORS`."""
     m: int
     """Tokens."""
     n: int
@@ -81,7 +87,7 @@ def pick_tile(product: Product, card: Card, tuned: Tile | None = None) -> Tile:
             return fit(tuned, product.itemsize, card) if isinstance(tuned, TritonTile) else tuned
         return pick_triton_tile(product, card)
     few = pick_few_tokens_tile(product.m, product.n)
-    if few and can_run(few, product, card):
+    if few and few.serves(product.op) and can_run(few, product, card):
         return few
     hopper = pick_hopper_tile(*product[:4], card.hopper_processors) if _runs_hopper(product, card) else None
     return hopper or pick_triton_tile(product, card)
@@ -96,7 +102,7 @@ def can_run(tile: Tile, product: Product, card: Card) -> bool:
 
 def _runs_hopper(product: Product, card: Card) -> bool:
     """A weight of SwiGLU is read in blocks of eight gate rows and their up rows."""
-    return product.aligned and card.hopper_processors > 0 and (product.op == "linear" or product.n % 16 == 0)
+    return product.aligned and card.hopper_processors > 0 and (product.op.startswith("linear") or product.n % 16 == 0)
 
 
 def pick_few_tokens_tile(m: int, n: int) -> FewTokensTile | None:
@@ -112,7 +118,7 @@ def pick_hopper_tile(op: str, m: int, n: int, k: int, processors: int) -> Hopper
     Args:
         processors: multiprocessors of the card.
     """
-    if m == 1 or (m <= 16 and op == "linear" and n <= _SMALL_N and k < _SMALL_K):
+    if not op.endswith("_int8") and (m == 1 or (m <= 16 and op == "linear" and n <= _SMALL_N and k < _SMALL_K)):
         return None
     return min(hopper_candidates(op, m), key=lambda tile: hopper_us(tile, m, n, k, processors))
 
@@ -120,6 +126,8 @@ def pick_hopper_tile(op: str, m: int, n: int, k: int, processors: int) -> Hopper
 def pick_triton_tile(product: Product, card: Card) -> TritonTile:
     """The tile of the Triton kernels, which run every product on every card."""
     op, m, n, k, itemsize, _ = product
+    if op.endswith("_int8"):
+        return fit(next((tile for most, tile in _INT8 if m <= most), _INT8_PREFILL), itemsize, card)
     middle = _ONE_WAVE_N < n < WIDE_N
     if m == 1 and op == "linear" and k >= _LONG_K and n < WIDE_N:
         return _ONE_TOKEN_LONG

@@ -70,8 +70,8 @@ class FewTokensTile:
             raise ValueError("accepted are 1 to 8 warps with 128 or 256 of K each")
 
     def serves(self, op: str) -> bool:
-        """Any operator."""
-        return True
+        """Any operator of 16-bit activations."""
+        return not op.endswith("_int8")
 
 
 CONSUMER_ROWS = 64
@@ -107,7 +107,24 @@ _HOPPER_SIZES = (
     (128, 64, 4, 1, 0),
     (256, 64, 2, 1, 0),
 )
-"""(block_m, block_k, across, deep, tail) of all variants of the Hopper kernel."""
+"""(block_m, block_k, across, deep, tail) of all variants of the Hopper kernel for 16-bit activations."""
+_INT8_SIZES = (
+    (16, 256, 1, 2, 0),
+    (32, 128, 1, 2, 0),
+    (64, 128, 1, 2, 0),
+    (64, 128, 1, 2, 16),
+    (64, 128, 1, 2, 32),
+    (64, 256, 2, 1, 0),
+    (64, 128, 2, 1, 32),
+    (128, 128, 2, 1, 0),
+    (128, 128, 2, 1, 16),
+    (128, 128, 2, 1, 32),
+    (128, 128, 2, 1, 64),
+    (128, 128, 3, 1, 0),
+    (128, 128, 3, 1, 64),
+    (128, 128, 2, 1, 128),
+)
+"""Likewise for INT8 tokens."""
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -128,17 +145,25 @@ class HopperTile:
     """Whether programs share tiles along K (stream-K), so that each multiplies as much as any other."""
     group: Count = 8
     """Row blocks of the weight that run together, for reuse in L2."""
+    int8: Flag = False
+    """Whether tokens are INT8, too. Such a tile is never shared: whole ones are as fast."""
 
     def __post_init__(self) -> None:
-        if self.sizes not in _HOPPER_SIZES:
-            raise ValueError(f"(block_m, block_k, across, deep, tail) is {self.sizes}; accepted are {_HOPPER_SIZES}")
+        accepted = _INT8_SIZES if self.int8 else _HOPPER_SIZES
+        if self.sizes not in accepted:
+            raise ValueError(f"(block_m, block_k, across, deep, tail) is {self.sizes}; accepted are {accepted}")
         if self.shared and not self.can_be_shared:
-            raise ValueError("four consumers with 128 tokens each have no registers left for the sums of others")
+            raise ValueError("neither four consumers with 128 tokens each nor INT8 tokens take the sums of others")
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
         """(block_m, block_k, across, deep, tail): all but what may be chosen freely."""
         return self.block_m, self.block_k, self.across, self.deep, self.tail
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one activation."""
+        return 2 - self.int8
 
     @property
     def width(self) -> int:
@@ -147,12 +172,13 @@ class HopperTile:
 
     @property
     def can_be_shared(self) -> bool:
-        """Whether a linear layer has registers left for taking the sums of other programs; SwiGLU never has."""
-        return self.across * self.deep < 4 or self.width <= 64
+        """Whether a linear layer has registers left for taking the sums of other programs; SwiGLU never has. With INT8
+        tokens whole tiles are as fast."""
+        return not self.int8 and (self.across * self.deep < 4 or self.width <= 64)
 
     def serves(self, op: str) -> bool:
-        """SwiGLU takes whole tiles only."""
-        return op == "linear" or not self.shared
+        """SwiGLU takes whole tiles only, and INT8 tokens have tiles of their own."""
+        return self.int8 == op.endswith("_int8") and (op == "linear" or not self.shared)
 
     @property
     def rows(self) -> int:
@@ -167,9 +193,10 @@ class HopperTile:
     def stages(self) -> int:
         """Slices of K in flight, as many as shared memory holds."""
         handed_over = 4 * (self.deep - 1) * self.rows * self.width
-        slice_bytes = self.deep * self.block_k * (self.rows + 2 * self.width)
+        slice_bytes = self.deep * self.block_k * (self.rows + self.itemsize * self.width)
         return min(10, (_HOPPER_RING_BYTES - handed_over) // slice_bytes)
 
 
 HOPPER_TILES = tuple(HopperTile(*sizes) for sizes in _HOPPER_SIZES)
+INT8_HOPPER_TILES = tuple(HopperTile(*sizes, int8=True) for sizes in _INT8_SIZES)
 Tile = TritonTile | FewTokensTile | HopperTile

@@ -45,11 +45,16 @@ _OFF_SIXTEEN = 4096 + 8
 
 
 def launches() -> Iterator[Launch]:
-    """bf16 with a bias on every card; fp16 without, and K as it rarely is, on some."""
+    """bf16 with a bias on every card; INT8 tokens, fp16 without a bias, and K as it rarely is, on some."""
     for card in CARDS:
         yield Launch(card, "add_rms_norm", 1, 4096, 4096)
         for op, n, k in PRODUCTS:
             yield from (Launch(card, op, m, n, k, bias=op == "linear") for m in TOKENS)
+    for card in ("sm80", "sm90", "sm120"):
+        yield from (Launch(card, "add_rms_norm_int8", 1, block, 4096) for block in (1, 64, 256))
+        yield from (Launch(card, "quantize_tokens", 1, block, 14336) for block in (16, 256))
+        for op, n, k in PRODUCTS if card == "sm90" else PRODUCTS[::4]:
+            yield from (Launch(card, f"{op}_int8", m, n, k, bias=op == "linear") for m in TOKENS)
     yield Launch("sm90", "add_rms_norm", 1, 4096, 4096, dtype=torch.float16)
     for m in _SOME_TOKENS:
         for op in ("linear", "swiglu"):
@@ -124,7 +129,7 @@ def _loops_over_k(text: str) -> dict[str, int]:
         jump = re.match(r"@!?U?P\d BRA.* 0x([0-9a-f]+)", instruction)
         if jump and (begin := int(jump[1], 16)) <= end:
             body = " ".join(what for at, what in code if begin <= at <= end)
-            if "HGMMA" in body:
+            if "HGMMA" in body or "IGMMA" in body:
                 loops[begin, end] = body.count("R2UR"), body.count("LDL") + body.count("STL")
     inner = [counts for a, counts in loops.items() if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     fetched, spilled = (sum(counts) for counts in zip(*inner, strict=True)) if inner else (0, 0)

@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 from rowint8.kernels import dispatch, warmup
 from rowint8.kernels.add_rms_norm import add_rms_norm
 from rowint8.kernels.hopper import launch as hopper_launch
+from rowint8.kernels.int8_tokens import add_rms_norm_int8, quantize_tokens
 
 
 class Card(NamedTuple):
@@ -120,15 +121,30 @@ class Launch(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
 
     def run(self) -> None:
-        """Calls the launcher of the kernels; for `add_rms_norm` n is the hidden size."""
+        """Calls the launcher of the kernels; for `add_rms_norm` n is the hidden size, for what rounds tokens to INT8
+        the block of the rotation."""
         with on_card(self.card) as device:
             if self.op == "add_rms_norm":
                 x = torch.empty(self.m, self.n, dtype=self.dtype, device=device)
                 add_rms_norm(x, x, self._vector(self.dtype, device), 1e-5)
                 return
-            x = torch.empty(self.m, self.k, dtype=self.dtype, device=device)
+            if self.op in ("quantize_tokens", "add_rms_norm_int8"):
+                x = torch.empty(self.m, self.k, dtype=self.dtype, device=device)
+                if self.op == "quantize_tokens":
+                    quantize_tokens(x, self.n)
+                else:
+                    weight = torch.empty(self.k, dtype=self.dtype, device=device)
+                    add_rms_norm_int8(x, x, weight, 1e-5, self.n)
+                return
             weight = torch.empty(self.n, self.k, dtype=torch.int8, device=device), self._vector(torch.float16, device)
-            dispatch.run(self.op, x, *weight, self._vector(self.dtype, device) if self.bias else None)
+            bias = self._vector(self.dtype, device) if self.bias else None
+            if self.op.endswith("_int8"):
+                x = torch.empty(self.m, self.k, dtype=torch.int8, device=device)
+                token_scale = torch.empty(self.m, dtype=torch.float32, device=device)
+                dispatch.run_int8(self.op, x, token_scale, *weight, bias, self.dtype)
+                return
+            x = torch.empty(self.m, self.k, dtype=self.dtype, device=device)
+            dispatch.run(self.op, x, *weight, bias)
 
     def _vector(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(self.n, dtype=dtype, device=device)

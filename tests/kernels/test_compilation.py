@@ -10,7 +10,7 @@ import pytest
 from rowint8.kernels.tiles import pick
 from rowint8.kernels.tiles.card import Card
 from rowint8.kernels.tiles.pick import Product, pick_hopper_tile, pick_triton_tile
-from rowint8.kernels.tiles.types import HOPPER_TILES, TritonTile
+from rowint8.kernels.tiles.types import HOPPER_TILES, INT8_HOPPER_TILES, TritonTile
 from tests.conftest import REPO
 from tests.kernels.compile_kernels import PRODUCTS, TOKENS, compare
 from tests.kernels.fake_cards import CARDS
@@ -57,8 +57,14 @@ def test_every_kernel_compiles_and_fits(reports, card):
     products = {"one_token_kernel", "many_tokens_kernel", "few_tokens_kernel"}
     if card == "sm90":
         products |= {"hopper_kernel"}
-    expected = {(op, kernel) for op in ("linear", "swiglu") for kernel in products}
-    assert {(report["op"], report["kernel"]) for report in compiled} == expected | {("add_rms_norm", "_add_rms_norm")}
+    expected = {(op, kernel) for op in ("linear", "swiglu") for kernel in products} | {
+        ("add_rms_norm", "_add_rms_norm")
+    }
+    if card in ("sm80", "sm90", "sm120"):
+        of_int8 = "hopper_kernel" if card == "sm90" else "int8_kernel"
+        expected |= {("linear_int8", of_int8), ("swiglu_int8", of_int8)}
+        expected |= {(op, "_int8_tokens_kernel") for op in ("quantize_tokens", "add_rms_norm_int8")}
+    assert {(report["op"], report["kernel"]) for report in compiled} == expected
     for report in compiled:
         assert report["shared"] <= CARDS[card].shared_memory, report
         assert report["tensor_memory"] <= TENSOR_MEMORY, report
@@ -95,9 +101,12 @@ def test_the_launches_take_every_shipped_tile():
     shapes = [(op, m, n, k) for op, n, k in PRODUCTS for m in TOKENS]
     large = Card(card.shared_memory, card.processors)
     taken = {pick_triton_tile(Product(*shape, itemsize=2, aligned=False), large) for shape in shapes}
+    of_int8 = [(f"{op}_int8", m, n, k) for op, m, n, k in shapes]
+    taken |= {pick_triton_tile(Product(*shape, itemsize=1, aligned=False), large) for shape in of_int8}
     assert taken >= set(tiles_within(vars(pick)))
-    taken = {pick_hopper_tile(*shape, card.processors) for shape in shapes}
-    assert {tile.sizes for tile in taken if tile} == {tile.sizes for tile in HOPPER_TILES}
+    for tiles, launched in ((HOPPER_TILES, shapes), (INT8_HOPPER_TILES, of_int8)):
+        taken = {pick_hopper_tile(*shape, card.processors) for shape in launched}
+        assert {tile.sizes for tile in taken if tile} == {tile.sizes for tile in tiles}
 
 
 def tiles_within(value):
