@@ -161,15 +161,12 @@ def _time(rows: Iterator["KernelRow"], json_file: Path | None, append: bool) -> 
     from rowint8.eval.results.schema import KernelRow
 
     kept = Kept(json_file, KernelRow, append, lambda row: (row.op, row.shape, row.M, row.dtype), _WRITE_EVERY_S)
-    try:
-        with err.status("ceilings") as status:
-            kept.ceilings = ceilings = measure_ceilings()
-            status.update("getting ready")
-            for row in rows:
-                kept.add([row])
-                status.update(f"{row.op} {row.shape} M = {row.M}")
-    finally:
-        kept.close()
+    with kept, err.status("ceilings") as status:
+        kept.ceilings = ceilings = measure_ceilings()
+        status.update("getting ready")
+        for row in rows:
+            kept.add([row])
+            status.update(f"{row.op} {row.shape} M = {row.M}")
     for table in (*kernel_tables(kept.rows, ceilings), worst_table(kept.rows)):
         out.print(table)
 
@@ -192,13 +189,10 @@ def bench_chain(
     from rowint8.eval.results.schema import ChainRow
 
     kept = Kept(json_file, ChainRow, append, lambda row: (row.model, row.layers, row.M, row.chain))
-    try:
-        with err.status("weights") as status:
-            for row in ChainBench(say, layers).rows(counts):
-                kept.add([row])
-                status.update(f"{row.chain} M = {row.M}")
-    finally:
-        kept.close()
+    with kept, err.status("weights") as status:
+        for row in ChainBench(say, layers).rows(counts):
+            kept.add([row])
+            status.update(f"{row.chain} M = {row.M}")
     out.print(chain_table(kept.rows))
 
 

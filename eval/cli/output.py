@@ -3,13 +3,11 @@
 import hashlib
 import io
 import os
-import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
@@ -20,7 +18,7 @@ from rowint8.eval.errors import EvalError
 from rowint8.eval.writing import refuse_unwritable
 
 if TYPE_CHECKING:
-    from rowint8.eval.results.files import Environment, Results
+    from rowint8.eval.results.files import Results
     from rowint8.eval.results.schema import Ceilings
 
 out = Console()
@@ -97,43 +95,34 @@ def write(path: Path | None, rows, ceilings=None) -> None:
         say(f"wrote {path}")
 
 
-def save(path: Path, rows, ceilings=None, command: str | None = None) -> None:
+def save(path: Path, rows, ceilings=None, command: str | None = None, cut: Sequence[str] = ()) -> None:
     """Writes a result file whose command is this process's command line, unless another is given."""
     from rowint8.eval.results.environment import describe_environment
     from rowint8.eval.results.files import Results, write_results
 
-    told = command or _command_line(path)
-    results = Results(environment=describe_environment(), command=told, rows=tuple(rows), ceilings=ceilings)
-    write_results(path, results)
+    given: dict[str, Any] = {"command": command or _command_line(path), "rows": tuple(rows), "cut": tuple(cut)}
+    write_results(path, Results(environment=describe_environment(), ceilings=ceilings, **given))
 
 
 def _command_line(path: Path) -> str:
-    """This process's, with the result file at `path`.
+    """This process's, with the result file at `path`."""
+    from rowint8.eval.results.files import told_command
 
-    Where the file, or what lies outside the working directory, is on this machine is no part of the measurement: only
-    their names are kept.
-    """
-    command = shlex.join(["rowint8", *(_without_place(part, path) for part in sys.argv[1:])])
-    return command.encode(errors="backslashreplace").decode()  # an argument may be no UTF-8
-
-
-def _without_place(argument: str, file: Path) -> str:
-    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-    outside = os.path.isabs(value) or value.startswith("..")
-    return option + equals + (Path(value).name if outside or value == str(file) else value)
+    return told_command(sys.argv[1:], path)
 
 
 class Kept:
     """The rows of a benchmark, and the file that holds them whenever the benchmark may end.
 
-    Several processes may append to one file at the same time, each with rows of its own, such as one a GPU.
+    Several processes may append to one file at the same time, each with rows of its own, such as one a GPU. The file
+    names the commands that have not come to their end (`Results.cut`).
 
     Args:
         path: of the file; None writes nothing.
         row_type: of its rows.
         append: keep the rows that the file has, but those whose key is added, which take their place.
         key: what rows that are measured together share.
-        every_s: rows that come sooner after the last writing wait for the next, or for `close`.
+        every_s: rows that come sooner after the last writing wait for the next, or for `close`. A `with` block closes.
 
     Raises:
         EvalError: the file to append to cannot be read, or comes from another machine or other versions.
@@ -151,7 +140,7 @@ class Kept:
         self.ceilings: Ceilings | None = None
         self._key, self._every_s, self._append = key, every_s, append
         self._added: list = []
-        self._unwritten = False
+        self._unwritten = self._ended = False
         self._written_at: float | None = None
         if append:
             if path is None:
@@ -166,7 +155,7 @@ class Kept:
             return
         if not isinstance(earlier.rows[0], row_type):
             raise EvalError(f"{path} holds rows of kind {earlier.rows[0].kind}, which this command does not write")
-        if changed := _differences(earlier.environment, describe_environment()):
+        if changed := earlier.environment.differences(describe_environment()):
             raise EvalError(f"{path} was measured elsewhere, so nothing is appended: {changed}")
 
     def _earlier(self) -> "Results | None":
@@ -188,7 +177,7 @@ class Kept:
             self.rows = self._merged(earlier.rows if earlier else ())
             if self.path is not None and self._unwritten:
                 ceilings = self.ceilings or (earlier.ceilings if earlier else None)
-                save(self.path, self.rows, ceilings, self._command(self.path, earlier))
+                save(self.path, self.rows, ceilings, self._command(self.path, earlier), self._cut(self.path, earlier))
                 self._unwritten, self._written_at = False, time.monotonic()
 
     def _command(self, path: Path, earlier: "Results | None") -> str:
@@ -196,6 +185,11 @@ class Kept:
             return _command_line(path)
         ours_is_there = self._written_at is not None
         return earlier.command if ours_is_there else f"{earlier.command} && {_command_line(path)}"
+
+    def _cut(self, path: Path, earlier: "Results | None") -> list[str]:
+        ours = _command_line(path)
+        others = [command for command in (earlier.cut if earlier else ()) if command != ours]
+        return others if self._ended else [*others, ours]
 
     def _merged(self, earlier: Sequence) -> list:
         replaced = {self._key(row) for row in self._added}
@@ -216,11 +210,18 @@ class Kept:
                 say(f"{name}: {error}")
         return failed
 
-    def close(self) -> None:
-        """Writes what waits, and says where the rows are."""
-        if self._unwritten:
-            self._write()
-        if self.path is not None and self.rows:
+    def __enter__(self) -> "Kept":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.close(ended=kind is None)
+
+    def close(self, ended: bool) -> None:
+        """Writes what waits, and whether all was measured; says where the rows are."""
+        self._ended = ended
+        self._unwritten = bool(self._added)
+        self._write()
+        if self.path is not None and self._added:
             say(f"wrote {self.path}")
 
     def finish(self, failed: Sequence[str], *tables: Callable[[Sequence], RenderableType]) -> None:
@@ -231,7 +232,7 @@ class Kept:
         """
         for table in tables if self.rows else ():
             out.print(table(self.rows))
-        self.close()
+        self.close(ended=not failed)
         if failed:
             raise EvalError(f"failed: {', '.join(failed)}; why is said above")
 
@@ -245,9 +246,3 @@ def _alone(path: Path) -> Iterator[None]:
     with open(Path(tempfile.gettempdir()) / f"rowint8-{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _differences(one: "Environment", other: "Environment") -> str:
-    """What differs, but for the date."""
-    pairs = zip(asdict(one).items(), asdict(other).values(), strict=True)
-    return ", ".join(f"{key} {a} and {b}" for (key, a), b in pairs if a != b and key != "date")

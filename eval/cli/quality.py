@@ -36,13 +36,18 @@ Output = Annotated[
 Text = Annotated[Path, typer.Option(help="A text file, or .jsonl with the fields page or text.")]
 Quantizations = Annotated[
     Optional[list[str]],  # noqa: UP045
-    typer.Option(help="rowint8, rowint8+lm_head, bf16, int8-group32 or fp8-row. Repeat for more. Default: all."),
+    typer.Option(
+        help="rowint8, rowint8-a8 (INT8 activations too), fp8-row, fp8-a8, bf16, int8-group32, rowint8+lm_head or "
+        "rowint8-a8+lm_head; rowint8-a8-64 and so on: rotated in smaller blocks. Repeat for more. Default: all."
+    ),
 ]
 Checkpoints = Annotated[
     Optional[list[Path]],  # noqa: UP045
     typer.Option(help="Also a checkpoint of `rowint8 quantize` made from the model. Repeat for more."),
 ]
-Ablate = Annotated[bool, typer.Option("--ablate", help="Also rowint8 in one kind of layer at a time.")]
+Ablate = Annotated[
+    bool, typer.Option("--ablate", help="Also rowint8 and rowint8-a8, if chosen, in one kind of layer at a time.")
+]
 Ranks = Annotated[
     int,
     typer.Option(min=1, max=64, help="Ranks of vLLM. With several its tokens are compared with those of vLLM on one."),
@@ -87,7 +92,7 @@ def quality(
         base = base or run
     for table in quality_tables(kept.rows):
         out.print(table)
-    kept.close()
+    kept.close(ended=True)
 
 
 def fidelity(
@@ -112,9 +117,11 @@ def fidelity(
     from rowint8.eval.report.quality import fidelity_table
 
     source = open_source(existing_model(model), trust_remote_code)
-    setups = [fidelity_setups.rounded_setup(source, name) for name in fidelity_setups.choose(quantization)]
+    chosen = fidelity_setups.choose(quantization)
+    setups = [fidelity_setups.rounded_setup(source, name) for name in chosen]
     setups += [fidelity_setups.stored_setup(folder) for folder in checkpoint or ()]
-    setups += fidelity_setups.ablation_setups(source) if ablate else []
+    for name in fidelity_setups.ABLATED if ablate else ():
+        setups += fidelity_setups.ablation_setups(source, name) if name in chosen else []
     tokens = token_windows(model, read_text(text), window, windows, trust_remote_code)
     with progress_bar("weights", len(setups) + 1, show=True) as advance:
         measured = job.Fidelity(model, fidelity_setups.original(source), tokens, trust_remote_code)

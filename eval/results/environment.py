@@ -4,6 +4,7 @@ The commit comes from git. Where the code runs without git, as from a wheel or o
 it comes from a stamp that travels with the code: `make stamp` writes it.
 """
 
+import ast
 import hashlib
 import json
 import os
@@ -21,6 +22,15 @@ from rowint8.eval.writing import write_file
 STAMP = "commit.json"
 """The stamp's name, beside this file. It holds the commit, whether tracked files differed from it, and `_digest`."""
 _FOLDERS = ("kernels", "baseline_engine", "vllm_plugin", "eval")
+_TELLING = (
+    "eval/report/",
+    "eval/plots.py",
+    "eval/tables.py",
+    "eval/markdown.py",
+    "eval/matrix.py",
+    "eval/cli/report.py",
+)
+"""Code that tells results and changes none."""
 
 
 def describe_environment() -> Environment:
@@ -43,6 +53,7 @@ def describe_environment() -> Environment:
         vllm=_version("vllm"),
         git_commit=commit,
         git_dirty=dirty,
+        code=code_hash(_root()),
     )
 
 
@@ -101,12 +112,44 @@ def _from_stamp() -> tuple[str, bool] | None:
     return stamp["commit"], stamp["dirty"] or stamp["digest"] != _digest()
 
 
+def _root() -> Path:
+    """Where _FOLDERS lie, in a tree and in a wheel."""
+    return Path(__file__).parents[2]
+
+
 def _digest() -> str:
-    """SHA-256 over the names and contents of the Python files, which lie in these folders in a tree and in a wheel."""
-    root, digest = Path(__file__).parents[2], hashlib.sha256()
-    for path in sorted(path for folder in _FOLDERS for path in (root / folder).rglob("*.py")):
-        digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    """SHA-256 over the names and contents of the code."""
+    digest = hashlib.sha256()
+    for name, path in _sources(_root()):
+        digest.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+@cache
+def code_hash(root: Path) -> str:
+    """16 digits over the names and statements of the code that measures: reports and plots, docstrings, comments and
+    empty lines do not count, so that files of commits which differ in words alone are told to be alike."""
+    digest = hashlib.sha256()
+    for name, path in _sources(root):
+        if not name.startswith(_TELLING):
+            digest.update(f"{name}\0{_statements(path)}\0".encode())
+    return digest.hexdigest()[:16]
+
+
+def _sources(root: Path) -> list[tuple[str, Path]]:
+    """Name below `root` and path of each file, in order."""
+    paths = [path for folder in _FOLDERS for end in ("py", "c") for path in (root / folder).rglob(f"*.{end}")]
+    return sorted((path.relative_to(root).as_posix(), path) for path in paths)
+
+
+def _statements(path: Path) -> str:
+    """The text without lines of comments, strings that stand for themselves, and empty lines."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for node in ast.walk(ast.parse("\n".join(lines))) if path.suffix == ".py" else ():
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            end = node.end_lineno or node.lineno
+            lines[node.lineno - 1 : end] = [""] * (end - node.lineno + 1)
+    return "\n".join(line for line in lines if line.strip() and not line.lstrip().startswith("#"))
 
 
 def _git(*arguments: str) -> str | None:

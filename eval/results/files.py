@@ -6,6 +6,10 @@ Reading a file checks all of it against `schema`: unknown and missing keys, wron
 errors that name the place.
 """
 
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
@@ -41,6 +45,14 @@ class Environment:
     """The code that measured; None where it runs without git and without a stamp (`make stamp`)."""
     git_dirty: bool | None
     """Whether tracked files differ from that commit."""
+    code: Annotated[Name | None, Field(exclude_if=lambda value: value is None)] = None
+    """Hash of the code that measures (`environment.code_hash`); absent from older files."""
+
+    def differences(self, other: "Environment") -> str:
+        """What differs, but for the date; of the code its hash, or the commit where one has none."""
+        same_code = {"date", "git_commit", "git_dirty"} if self.code and other.code else {"date", "code"}
+        pairs = zip(asdict(self).items(), asdict(other).values(), strict=True)
+        return ", ".join(f"{key} {a} and {b}" for (key, a), b in pairs if a != b and key not in same_code)
 
 
 Kind = TypeVar("Kind")
@@ -56,6 +68,8 @@ class Results(Generic[Kind]):
     """At least one, all of one kind."""
     ceilings: Annotated[Ceilings | None, Field(exclude_if=lambda value: value is None)] = None
     """With kernel rows; absent from other files."""
+    cut: Annotated[tuple[Name, ...], Field(exclude_if=lambda value: not value)] = ()
+    """Those of the commands that have not come to their end, or of which a part failed."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> "Results[Kind]":
@@ -63,6 +77,22 @@ class Results(Generic[Kind]):
         if len(kinds) != 1:
             raise ValueError(f"rows are of several kinds: {', '.join(kinds)}" if kinds else "rows is empty")
         return self
+
+
+def told_command(arguments: Sequence[str], path: Path) -> str:
+    """The command line `rowint8 ARGUMENTS` for the result file at `path`.
+
+    Where the file, or what lies outside the working directory, is on this machine is no part of the measurement: only
+    their names are kept.
+    """
+    command = shlex.join(["rowint8", *(_without_place(part, path) for part in arguments)])
+    return command.encode(errors="backslashreplace").decode()  # an argument may be no UTF-8
+
+
+def _without_place(argument: str, file: Path) -> str:
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    outside = os.path.isabs(value) or value.startswith("..")
+    return option + equals + (Path(value).name if outside or value == str(file) else value)
 
 
 def write_results(path: Path, results: Results) -> None:

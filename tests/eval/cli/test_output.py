@@ -1,6 +1,7 @@
 """Result files that several runs of a command fill."""
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ def test_appending_replaces_its_own_setups_and_keeps_the_others(file):
     first = read_results(file).command
     kept = Kept(file, ServeRow, True)
     kept.add([row("bf16", tok_s=7.0), row("rowint8")])
-    kept.close()
+    kept.close(ended=True)
     results = read_results(file)
     assert results.rows == (row("bf16", tok_s=7.0), row("fp8"), row("rowint8"))
     assert results.command == f"{first} && {first}"
@@ -50,6 +51,43 @@ def test_a_setup_that_failed_loses_no_rows(file):
 
     assert Kept(file, ServeRow, True).measure(["bf16", "rowint8"], run) == ["bf16"]
     assert read_results(file).rows == (row("bf16"), row("fp8"), row("rowint8"))
+
+
+def test_a_file_names_its_commands_that_did_not_end(tmp_path, monkeypatch):
+    path = tmp_path / "serve.json"
+
+    def measure(name, failed=False, ends=True):
+        monkeypatch.setattr("sys.argv", ["rowint8", name])
+        kept = Kept(path, ServeRow, True)
+        with suppress(KeyboardInterrupt), kept:
+            kept.add([row(name)])
+            if not ends:
+                raise KeyboardInterrupt
+            if failed:
+                with pytest.raises(EvalError, match="failed: x"):
+                    kept.finish(["x"])
+                raise KeyboardInterrupt
+        return read_results(path).cut
+
+    assert measure("a", ends=False) == ("rowint8 a",)
+    assert measure("b", failed=True) == ("rowint8 a", "rowint8 b")
+    assert measure("c") == ("rowint8 a", "rowint8 b")
+    assert measure("a") == ("rowint8 b",)
+    assert measure("b") == ()
+    assert '"cut"' not in path.read_text()
+
+
+def test_code_that_differs_in_words_alone_may_append(file):
+    content = json.loads(file.read_text())
+    content["environment"] |= {"git_commit": "other", "git_dirty": True}
+    file.write_text(json.dumps(content))
+    Kept(file, ServeRow, True)
+    content["environment"]["code"] = "0123456789abcdef"
+    file.write_text(json.dumps(content))
+    with pytest.raises(
+        EvalError, match=r"measured elsewhere, so nothing is appended: code 0123456789abcdef and \w{16}$"
+    ):
+        Kept(file, ServeRow, True)
 
 
 def test_nothing_is_appended_to_what_another_machine_measured(file):
@@ -104,5 +142,5 @@ def test_rows_that_come_quickly_are_written_together(tmp_path):
     for name in ("bf16", "fp8", "rowint8"):
         kept.add([row(name)])
     assert [each.setup for each in read_results(path).rows] == ["bf16"]
-    kept.close()
+    kept.close(ended=True)
     assert [each.setup for each in read_results(path).rows] == ["bf16", "fp8", "rowint8"]

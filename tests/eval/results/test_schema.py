@@ -307,3 +307,22 @@ def test_git_goes_before_the_stamp(tmp_path, monkeypatch):
     commit = describe_environment().git_commit
     (tmp_path / "eval/results" / environment.STAMP).write_text('{"commit": "old", "dirty": false, "digest": ""}')
     assert describe_environment().git_commit == commit
+
+
+def test_words_do_not_change_the_hash_of_the_code_that_measures(tmp_path):
+    first = {
+        "kernels/a.py": '"""What it is."""\n\nx = 1\n"""What x is."""\n# why\n',
+        "kernels/b.c": "int x;\n",
+        "eval/report/c.py": "y = 1\n",
+    }
+    words = {"kernels/a.py": '"""Other\nwords."""\nx = 1\n', "eval/report/c.py": "y = 2\n"}
+    code = {"kernels/a.py": "x = 2\n"}, {"kernels/b.c": "int y;\n"}, {"eval/d.py": "x = 1\n"}
+
+    def hashed(name, *changes):
+        for relative, text in {key: text for change in (first, *changes) for key, text in change.items()}.items():
+            (tmp_path / name / relative).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / relative).write_text(text)
+        return environment.code_hash(tmp_path / name)
+
+    assert hashed("first") == hashed("words", words)
+    assert len({hashed("first"), *(hashed(f"code{i}", change) for i, change in enumerate(code))}) == 4
