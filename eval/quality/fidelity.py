@@ -69,8 +69,10 @@ class Fidelity:
         Raises:
             EvalError: the weights are of another model, or not all of its weights, or make no finite logits.
         """
-        if missing := self._given - self._apply(setup.name, setup.weights):
-            raise EvalError(f"{setup.name} lacks {min(missing)}, which the model has; it is of another model")
+        given = self._apply(setup.name, setup.weights)
+        if different := given ^ self._given:
+            has = "has" if different & given else "lacks"
+            raise EvalError(f"{setup.name} {has} {min(different)}, unlike the model; it is of another one")
         parts = []
         for tokens, reference, hidden in zip(self.windows, self.reference_hidden, self._hidden(), strict=True):
             for start in range(0, len(tokens) - 1, CHUNK):
@@ -86,7 +88,7 @@ class Fidelity:
 
     @torch.inference_mode()
     def _apply(self, setup: str, weights: Weights) -> set[str]:
-        """Puts the weights into the model; its parameters that got one, a tied one under its first name."""
+        """Puts the weights into the model; their names, a tied one's first."""
         first_name = {id(parameter): name for name, parameter in self.model.named_parameters()}
         parameters, given = dict(self.model.named_parameters(remove_duplicate=False)), set()
         for name, tensor in weights():
@@ -96,7 +98,8 @@ class Fidelity:
                     what = f"{name} is {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
                     raise EvalError(f"{setup}: {what}; the model's is a float {list(wanted.shape)}")
                 wanted.copy_(tensor)
-                given.add(first_name[id(wanted)])
+                name = first_name[id(wanted)]
+            given.add(name)
         return given
 
     @torch.inference_mode()

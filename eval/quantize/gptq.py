@@ -9,12 +9,14 @@ rounded weights, is better spent on more text. Memory holds the model as it is s
 the hidden states of the text.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from rowint8.baseline_engine.errors import one_line
 from rowint8.eval.errors import EvalError
 from rowint8.eval.quantize.checkpoint import Convert, round_to_nearest
 from rowint8.eval.quantize.layers import MERGED
@@ -54,10 +56,12 @@ def calibrate(
     disable_progress_bar()
     trusted = source.trust_remote_code
     model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto", trust_remote_code=trusted).eval()
-    model.get_input_embeddings().float()
     decoder = getattr(model.base_model, "layers", None)
     if decoder is None:
         raise EvalError(f"--method gptq does not know the layers of {type(model).__name__}; use --method rtn")
+    for part in model.base_model.children():
+        if part is not decoder:  # embedding and norms; layers become fp32 one at a time
+            part.float()
     names = {module: name for name, module in model.named_modules()}
     hidden, by_layer = _layer_inputs(model, decoder, windows)
     rounded: dict[str, Int8Weight] = {}
@@ -73,6 +77,19 @@ def calibrate(
     return lambda name, tensor: rounded[name] if name in rounded else nearest(name, tensor)
 
 
+@contextmanager
+def _explained() -> Iterator[None]:
+    """A layer that takes or returns more than hidden states fails in its own way."""
+    try:
+        yield
+    except Exception as error:
+        reason = one_line(error)
+        raise EvalError(
+            f"--method gptq cannot run the model's layers one by one ({reason}); use --method rtn"
+        ) from None
+
+
+@_explained()
 def _layer_inputs(model: Any, decoder: nn.ModuleList, windows: Tensor) -> tuple[list[Tensor], list[list[Arguments]]]:
     """What the first decoder layer sees, fp32 [n, window, hidden_size] a batch, and each layer's other arguments.
 
@@ -94,6 +111,7 @@ def _layer_inputs(model: Any, decoder: nn.ModuleList, windows: Tensor) -> tuple[
     return [states for states, _ in by_layer[0]], [[keywords for _, keywords in layer] for layer in by_layer]
 
 
+@_explained()
 def _run(
     layer: nn.Module, linears: dict[str, nn.Module], hidden: list[Tensor], arguments: list[Arguments]
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
@@ -112,7 +130,7 @@ def _run(
 
         return accumulate
 
-    first = {name: _first_of_merged(name) for name in linears}
+    first = {name: _first_of_merged(name, linears) for name in linears}
     hooks = [linears[name].register_forward_pre_hook(accumulate_into(name)) for name in set(first.values())]
     outputs = [layer(states, **keywords) for states, keywords in zip(hidden, arguments, strict=True)]
     for hook in hooks:
@@ -120,10 +138,11 @@ def _run(
     return {name: sums[leader] for name, leader in first.items()}, outputs
 
 
-def _first_of_merged(name: str) -> str:
-    """The first of the linears that engines merge with this one, and which therefore see the same inputs."""
+def _first_of_merged(name: str, linears: Collection[str]) -> str:
+    """The first of `linears` that engines merge with this one, and which therefore sees the same inputs."""
     parent, _, kind = name.rpartition(".")
-    return next((f"{parent}.{parts[0]}" for parts in MERGED if kind in parts), name)
+    merged = [f"{parent}.{part}" for parts in MERGED if kind in parts for part in parts]
+    return next((part for part in merged if part in linears), name)
 
 
 def _round(weight: Tensor, hessian: Tensor, name: str) -> Int8Weight:

@@ -126,6 +126,10 @@ def lacks_a_layer(tensors):
     del tensors["model.layers.1.mlp.up_proj.weight"], tensors["model.layers.1.mlp.up_proj.weight_scale"]
 
 
+def has_a_third_layer(tensors):
+    tensors["model.layers.2.input_layernorm.weight"] = torch.ones(64)
+
+
 def lacks_scales(tensors):
     del tensors["model.layers.1.mlp.up_proj.weight_scale"]
 
@@ -145,7 +149,8 @@ def has_no_finite_norm(tensors):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lacks_a_layer, "stored lacks model.layers.1.mlp.up_proj.weight, which the model has"),
+        (lacks_a_layer, "stored lacks model.layers.1.mlp.up_proj.weight, unlike the model"),
+        (has_a_third_layer, "stored has model.layers.2.input_layernorm.weight, unlike the model"),
         (lacks_scales, r"stored: model.layers.1.mlp.up_proj.weight is int8 \[96, 64\]"),
         (is_narrower, r"up_proj.weight is float32 \[96, 1\]; the model's is a float \[96, 64\]"),
         (has_few_scales, "up_proj.weight and its scales are no rowint8 weight"),

@@ -5,7 +5,20 @@ import subprocess
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, LlamaConfig, OPTConfig, Qwen2Config
+from transformers import (
+    ArceeConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    FalconH1Config,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    NemotronConfig,
+    OPTConfig,
+    PhiConfig,
+    Qwen2Config,
+    XGLMConfig,
+)
 
 from rowint8.baseline_engine.config import EngineConfig
 from rowint8.baseline_engine.engine import Engine
@@ -153,6 +166,28 @@ def test_broken_weights_are_named(tmp_path, tensor, message):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(EvalError, match=message):
         write_gptq(folder, tmp_path / "gptq")
+
+
+@pytest.mark.parametrize(
+    ("config_class", "options"),
+    [(NemotronConfig, {}), (ArceeConfig, {}), (GPTNeoXConfig, {}), (PhiConfig, {"tie_word_embeddings": False})],
+)
+def test_layers_without_a_gate_and_norms_of_bf16_are_calibrated(tmp_path, config_class, options):
+    folder = write_tiny(tmp_path / "model", config_class, dtype=torch.bfloat16, **options)
+    written = tensors_of(write_gptq(folder, tmp_path / "gptq"))
+    layers = open_source(folder).layers
+    assert all(written[f"{layer}.weight"].dtype == torch.int8 for layer in layers)
+    assert len(layers) >= 8
+
+
+@pytest.mark.parametrize("config_class", [FalconH1Config, XGLMConfig])
+def test_layers_that_take_or_return_more_than_states_are_refused(tmp_path, config_class):
+    more = dict(d_model=64, ffn_dim=96, attention_heads=4, num_layers=2) if config_class is XGLMConfig else {}
+    folder = write_tiny(tmp_path / "model", config_class, **more)
+    source = open_source(folder)
+    with pytest.raises(EvalError, match=r"cannot run the model's layers one by one .*; use --method rtn") as caught:
+        job.calibrate(source, source.layers, WINDOWS)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_model_without_a_list_of_layers_is_refused(tmp_path):
