@@ -30,6 +30,7 @@ from rowint8.eval.kernels.shapes import (
     shapes_with,
 )
 from rowint8.eval.models import DEFAULT_MODEL, MODELS
+from rowint8.eval.writing import refuse_unwritable
 
 if TYPE_CHECKING:
     from rowint8.eval.kernels.tune import Choice, Job
@@ -245,9 +246,10 @@ def _choose_tiles(jobs: Sequence["Job"], card: str, tiles: Path | None, start: f
     import torch
 
     from rowint8.eval.kernels import tune as job
-    from rowint8.kernels.tiles.user import read_tiles, tiles_file, write_tiles
+    from rowint8.kernels.tiles.user import read_tiles, tiles_file
 
     path = tiles or tiles_file()
+    refuse_unwritable(path)
     try:
         found = read_tiles(path, card) if path.exists() else {}
     except ValueError as error:
@@ -260,7 +262,7 @@ def _choose_tiles(jobs: Sequence["Job"], card: str, tiles: Path | None, start: f
         for choice in job.choose_tiles(jobs, seconds - (time.monotonic() - start), torch.device("cuda")):
             choices.append(choice)
             found.setdefault((choice.row.op, choice.row.N, choice.row.K), {})[choice.row.M] = choice.tile
-            write_tiles(path, card, found)
+            job.write_tiles(path, card, found)
             advance()
     if choices:
         say(f"wrote {path}")

@@ -26,11 +26,13 @@ from rowint8.eval.kernels.shapes import Shape
 from rowint8.eval.kernels.timing import Call, graph_us, rotated_copies
 from rowint8.eval.results.schema import KernelRow
 from rowint8.eval.tables import Table
+from rowint8.eval.writing import write_file
 from rowint8.kernels import dispatch
 from rowint8.kernels.quantize import Int8Weight
 from rowint8.kernels.tiles.card import card_of
 from rowint8.kernels.tiles.hopper_cost import hopper_candidates
 from rowint8.kernels.tiles.types import MOST_FEW_TOKENS, FewTokensTile, Tile, TritonTile
+from rowint8.kernels.tiles.user import Tiles, with_tiles
 
 NOISE = 0.02
 """A tile must be faster than the shipped one by this part of its time."""
@@ -209,6 +211,18 @@ def _weights(n: int, k: int, device: torch.device) -> list[Int8Weight]:
     copies = rotated_copies(n, k)
     values = [torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device) for _ in range(copies)]
     return [Int8Weight(each, torch.rand(n, device=device).half() / 128) for each in values]
+
+
+def write_tiles(path: Path, card: str, tiles: Tiles) -> None:
+    """Puts the tiles of a card into a file, as `write_file` writes it.
+
+    Raises:
+        EvalError: the file cannot be written, or holds something else.
+    """
+    try:
+        write_file(path, with_tiles(path, card, tiles))
+    except ValueError as error:
+        raise EvalError(str(error)) from None
 
 
 def tune_table(choices: Sequence[Choice], card: str) -> Table:

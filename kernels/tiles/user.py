@@ -72,25 +72,23 @@ def read_tiles(path: Path, card: str) -> Tiles:
     return tiles
 
 
-def write_tiles(path: Path, card: str, tiles: Tiles) -> None:
-    """Puts the tiles of a card into a file, in which those of other cards and shapes stay. A link stays, too.
+def with_tiles(path: Path, card: str, tiles: Tiles) -> str:
+    """What the file should hold with the tiles of a card; those of other cards and shapes stay.
 
     Raises:
         ValueError: the file exists and cannot be read, or holds something else. The message names it.
     """
-    path = Path(os.path.realpath(path))
     everything = _read(path) if path.exists() else {}
     for (op, n, k), by_tokens in tiles.items():
         shapes = everything.setdefault(card, {}).setdefault(op, {})
         shapes[f"{n}x{k}"] = {str(most): asdict(tile) for most, tile in sorted(by_tokens.items())}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(everything, indent=1) + "\n")
-    unfinished.replace(path)
+    return json.dumps(everything, indent=1) + "\n"
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        if path.exists() and not path.is_file():  # reading a pipe may never end
+            raise ValueError("it is no regular file")
         everything = json.loads(path.read_text())
     except OSError as error:
         raise ValueError(f"{path}, for tiles of `rowint8 tune`, cannot be read: {error.strerror}") from error

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from rowint8.eval.kernels.shapes import select_shapes
+from rowint8.eval.kernels.tune import write_tiles
 from rowint8.kernels.dispatch import OPERATORS
 from rowint8.kernels.tiles.types import HOPPER_TILES, Tile, TritonTile
-from rowint8.kernels.tiles.user import write_tiles
 from rowint8.kernels.warmup import WeightShape, warmup
 from tests.kernels.fake_cards import Launch, install, on_card, recorded
 

@@ -1,17 +1,20 @@
 """The user's own tiles: what the file may hold, and that they go before the shipped ones."""
 
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from rowint8.eval.errors import EvalError
+from rowint8.eval.kernels.tune import write_tiles
 from rowint8.kernels import dispatch
 from rowint8.kernels.tiles.card import Card
 from rowint8.kernels.tiles.pick import Product, pick_tile
 from rowint8.kernels.tiles.types import HOPPER_TILES, FewTokensTile, TritonTile
-from rowint8.kernels.tiles.user import read_tiles, tile_for, tiles_file, user_tiles, write_tiles
+from rowint8.kernels.tiles.user import read_tiles, tile_for, tiles_file, user_tiles
 
 CARD = "NVIDIA Test"
 ONE = TritonTile(1, 4, 512, 2, 1)
@@ -163,6 +166,8 @@ def test_a_link_stays_and_what_it_points_to_is_written(tmp_path):
         write_tiles(link, CARD, TILES)
         assert link.is_symlink()
         assert read_tiles(target, CARD) == TILES
-    with pytest.raises(ValueError, match="/dev/null"):
-        write_tiles(Path("/dev/null"), CARD, TILES)
-    assert Path("/dev/null").is_char_device()
+    os.mkfifo(tmp_path / "pipe")
+    for special in (Path("/dev/null"), tmp_path / "pipe"):
+        with pytest.raises(EvalError, match=f"{special} holds .*it is no regular file"):
+            write_tiles(special, CARD, TILES)
+        assert not special.is_file()

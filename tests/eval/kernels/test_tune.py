@@ -1,6 +1,7 @@
 """`rowint8 tune`: which tiles it tries and which it chooses, with times that a test makes up."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -15,11 +16,11 @@ from rowint8.eval.cli.app import app
 from rowint8.eval.errors import EvalError
 from rowint8.eval.kernels import tune
 from rowint8.eval.kernels.shapes import Shape
-from rowint8.eval.kernels.tune import candidates
+from rowint8.eval.kernels.tune import candidates, write_tiles
 from rowint8.eval.results.files import read_results
 from rowint8.kernels import dispatch
 from rowint8.kernels.tiles.types import FewTokensTile, HopperTile, TritonTile
-from rowint8.kernels.tiles.user import read_tiles, write_tiles
+from rowint8.kernels.tiles.user import read_tiles
 
 CPU = torch.device("cpu")
 SHAPE = Shape("small", 64, 32, ("linear", "swiglu"))
@@ -213,6 +214,16 @@ def test_the_command_writes_tiles_and_times(card, tmp_path):
     rows = read_results(times).rows
     assert [(row.M, row.us) for row in rows][1] == (4, {"shipped": 100, "tuned": 50})
     assert "50%" in done.output
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_timed(card, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "compile_ahead", lambda *_: pytest.fail("it began"))
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "other.json").write_text("[]")
+    for path in (tmp_path, tmp_path / "pipe", tmp_path / "other.json", tmp_path / "other.json" / "x"):
+        done = CliRunner().invoke(app, ["tune", "--out", str(path)])
+        assert isinstance(done.exception, EvalError), done.output
+        assert str(path) in str(done.exception)
 
 
 def test_the_command_says_what_the_time_did_not_suffice_for(card, tmp_path):
