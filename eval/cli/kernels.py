@@ -145,7 +145,7 @@ def bench_kernels(
     import torch
 
     from rowint8.eval.kernels.bench import KernelBench
-    from rowint8.eval.kernels.inductor import MODES
+    from rowint8.eval.kernels.plain import MODES
     from rowint8.eval.kernels.int8_bench import Int8Bench
 
     names = (["marlin", "machete", "gemlite"] if peers else []) + (["humming"] if humming else [])

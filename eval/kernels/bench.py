@@ -28,9 +28,8 @@ from torch.nn.functional import linear as dense_linear
 
 from rowint8.eval.kernels import peers as kernel_peers
 from rowint8.eval.kernels import plain
-from rowint8.eval.kernels.gemlite_peer import compile_ahead
-from rowint8.eval.kernels.inductor import MODES, compile_logged
 from rowint8.eval.kernels.peers import Product
+from rowint8.eval.kernels.plain import MODES, compile_logged
 from rowint8.eval.kernels.rows import CUBLAS, Candidates, RowBench, check_agrees
 from rowint8.eval.kernels.shapes import FEW_COUNTS, SHAPES, Shape
 from rowint8.eval.kernels.timing import Call, Replay, capture, rotated_copies
@@ -67,7 +66,7 @@ class KernelBench(RowBench):
     Args:
         dtype, announce, ready_s, device, capture: see `RowBench`.
         peers: names in `kernel_peers.PEERS`; with any, also vLLM's small kernels.
-        compiled: names in `inductor.MODES` that the products are compiled by; with any, also eager mode.
+        compiled: names in `plain.MODES` that the products are compiled by; with any, also eager mode.
     """
 
     def __init__(
@@ -95,7 +94,7 @@ class KernelBench(RowBench):
         if "gemlite" in self._peers and met:
             sizes, counts = (list(dict.fromkeys(each)) for each in zip(*((s[1:3], m) for s, m in met), strict=True))
             seconds = self._budget.left_s("gemlite") / 2
-            self._budget.run("gemlite", partial(compile_ahead, sizes, counts, self._dtype, seconds))
+            self._budget.run("gemlite", partial(kernel_peers.gemlite_ahead, sizes, counts, self._dtype, seconds))
         for shape in shapes:
             yield from (self._product_rows if shape in products else self._norm_rows)(shape, tokens)
 

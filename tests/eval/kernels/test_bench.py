@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from rowint8.eval.errors import EvalError
-from rowint8.eval.kernels import gemlite_peer as bench_gemlite
 from rowint8.eval.kernels import peers as kernel_peers
 from rowint8.eval.kernels import plain
 from rowint8.eval.kernels.bench import KernelBench, is_timed
-from rowint8.eval.kernels.inductor import MODES, compile_logged
+from rowint8.eval.kernels.plain import MODES, compile_logged
 from rowint8.eval.kernels.rows import Budget, check_agrees
 from rowint8.eval.kernels.shapes import (
     EVERY_COUNT,
@@ -238,27 +237,27 @@ def test_budget_does_not_hide_an_interruption():
 
 
 def test_gemlite_is_tuned_once_for_neighbouring_tokens():
-    assert [bench_gemlite.bucket(m) for m in (1, 2, 3, 16, 17, 32)] == [1, 2, 16, 16, 32, 32]
-    assert bench_gemlite.bucket(33) == bench_gemlite.bucket(8192) > 32
+    assert [kernel_peers.gemlite_bucket(m) for m in (1, 2, 3, 16, 17, 32)] == [1, 2, 16, 16, 32, 32]
+    assert kernel_peers.gemlite_bucket(33) == kernel_peers.gemlite_bucket(8192) > 32
 
 
 def test_gemlite_is_compiled_apart_for_the_first_of_each_bucket_and_stopped_in_time(monkeypatch):
     started: list[tuple] = []
 
     def sleep(function, request, env, timeout):
-        assert function is bench_gemlite.tune
+        assert function is kernel_peers.tune_gemlite
         started.append(tuple(request[name] for name in ("n", "k", "m", "dtype")))
         time.sleep(timeout)
         raise EvalError("it did not answer in time")
 
-    monkeypatch.setattr(bench_gemlite, "_helper", lambda: None)
-    monkeypatch.setattr(bench_gemlite, "run_worker", sleep)
-    monkeypatch.setattr(bench_gemlite.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(kernel_peers, "_gemlite_helper", lambda: None)
+    monkeypatch.setattr(kernel_peers, "run_worker", sleep)
+    monkeypatch.setattr(kernel_peers.os, "cpu_count", lambda: 4)
     start = time.monotonic()
-    assert bench_gemlite.compile_ahead([(32, 64)], (4, 8, 16, 64, 128), torch.float16, seconds=0.3)
+    assert kernel_peers.gemlite_ahead([(32, 64)], (4, 8, 16, 64, 128), torch.float16, seconds=0.3)
     assert time.monotonic() - start < 2
     assert sorted(started) == [(32, 64, 4, "float16"), (32, 64, 64, "float16")]
-    bench_gemlite.compile_ahead([(32, 64)], (1,), torch.float16, seconds=0)
+    kernel_peers.gemlite_ahead([(32, 64)], (1,), torch.float16, seconds=0)
     assert len(started) == 2, "nothing starts without time left"
 
 
