@@ -208,8 +208,9 @@ def _check_tied_head(shards: dict[Path, Any], tied: bool) -> None:
     paths = {name: path for path, header in shards.items() for name in header}
     if not tied or _HEAD not in paths or _EMBEDDING not in paths:
         return
+    _, dtype = shards[paths[_HEAD]][_HEAD]
     head, embedding = (read_tensor(paths[name], name, torch.device("cpu")) for name in (_HEAD, _EMBEDDING))
-    if not torch.equal(head, embedding):
+    if dtype not in _FLOAT_DTYPES or not torch.equal(head, embedding):  # some dtypes cannot be compared
         raise EngineError(
             f"{paths[_HEAD]}: {_HEAD} differs from {_EMBEDDING}, though tie_word_embeddings is true; set it to false, "
             "or leave the tensor out"

@@ -55,7 +55,8 @@ def run_worker(
     Nothing is left running. A result that was written counts even if an engine then fails to stop.
 
     Raises:
-        EvalError: it failed or took more than `timeout` seconds; the message holds the end of what it wrote.
+        EvalError: it refused what it was given, in one line; or it failed or took more than `timeout` seconds, and the
+            message holds the end of what it wrote.
     """
     name = f"{function.__module__}:{function.__qualname__}"
     with tempfile.TemporaryDirectory() as scratch:
@@ -68,7 +69,10 @@ def run_worker(
             returncode = process.returncode
         if not result.exists():
             raise EvalError(failure([command[0], name], returncode, log.read_text(encoding="utf-8", errors="replace")))
-        return json.loads(result.read_text())
+        answer = json.loads(result.read_text())
+    if isinstance(answer, dict) and answer.keys() == {"refused"}:
+        raise EvalError(answer["refused"])
+    return answer
 
 
 @contextmanager

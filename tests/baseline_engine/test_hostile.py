@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -192,6 +193,13 @@ def test_a_tensor_in_two_files_is_refused(tmp_path):
     save_file(load_file(second) | {name: tensor + 1}, second)
     with pytest.raises(EngineError, match=f"{name} is in .*{first.name} and in {second.name}"):
         engine_for(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_a_head_that_cannot_be_compared_with_the_embedding_is_refused(model, dtype):
+    edit(model, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].to(dtype)}))
+    with pytest.raises(EngineError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        engine_for(model)
 
 
 @pytest.mark.parametrize("as_embedding", [True, False])

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rowint8.baseline_engine.checkpoint import resolve_folder
 from rowint8.eval.errors import EvalError
 from rowint8.eval.processes import run_quietly, run_worker, running, vllm_environment
 
@@ -91,6 +92,12 @@ def test_a_worker_answers_in_json_and_fails_with_the_end_of_its_log():
     assert run_worker(os.path.join, {"a": "x"}, os.environ) == "x"
     with pytest.raises(EvalError, match=r"(?s)posixpath:join` failed with exit status 1; first error: TypeError"):
         run_worker(os.path.join, {"b": "x"}, os.environ)
+
+
+@pytest.mark.parametrize("model", ["nowhere/at/all", "~nobody-of-this-name"])
+def test_what_a_worker_refuses_is_one_line(model):
+    with pytest.raises(EvalError, match=f"^model '{model}' is no folder here[^\n]*$"):
+        run_worker(resolve_folder, {"model": model}, os.environ)
 
 
 def test_stdout_is_kept_apart_from_the_log():
