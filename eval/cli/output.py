@@ -1,13 +1,11 @@
 """Where the commands of `rowint8` write: results to stdout, the rest to stderr, and a result file where asked."""
 
-import hashlib
 import io
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
@@ -239,10 +237,15 @@ class Kept:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Lets one process of this machine at a time read, change and write a file."""
+    """Lets one process of this machine at a time, whoever's it is, read, change and write a file: its folder is locked."""
     import fcntl
 
-    name = hashlib.sha256(os.path.realpath(path).encode(errors="surrogateescape")).hexdigest()[:16]
-    with open(Path(tempfile.gettempdir()) / f"rowint8-{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    folder = Path(os.path.realpath(path)).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)

@@ -120,6 +120,14 @@ def test_the_command_tells_no_places_of_this_machine(tmp_path, monkeypatch):
     assert read_results(file).command == told
 
 
+def test_a_lock_leaves_no_file_that_keeps_other_users_out(file, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    Kept(file, ServeRow, True).add([row("int8")])
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["serve.json", "temporary"]
+    assert len(read_results(file).rows) == 3
+
+
 def test_two_processes_append_to_one_file_at_the_same_time(tmp_path):
     path = tmp_path / "serve.json"
     both = [Kept(path, ServeRow, True), Kept(path, ServeRow, True)]
