@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from packaging.version import InvalidVersion, Version
+from vllm import envs
 from vllm.logger import init_logger
 
 logger = init_logger(f"vllm.{__name__}")
@@ -80,6 +81,11 @@ def quantized_by_vllm(config: Any, layer: Any, prefix: str) -> bool:
             raise ValueError(f"rowint8: --quantization-config sets {kind} without a weight, which changes nothing")
     online.packed_modules_mapping = config.packed_modules_mapping
     return online.resolve_quant_method_cls(type(layer), prefix) is not None
+
+
+def batch_invariant() -> bool:
+    """Whether the user wants the same bits for a request in every batch (VLLM_BATCH_INVARIANT=1)."""
+    return bool(getattr(envs, "VLLM_BATCH_INVARIANT", False))
 
 
 def builtin_silu_and_mul() -> Callable | None:

@@ -6,7 +6,8 @@ In memory and in a pre-quantized checkpoint a layer is
     <layer>.weight_scale  fp16 [N]
 
 which is `Int8Weight` as it is: no reshaping at load, and the tensors can be merged (q, k and v; gate and up) or split
-by rows like any vLLM parameter.
+by rows like any vLLM parameter. With INT8 activations the rows are rotated (`kernels.activations`), and in memory
+`rotation_block` int32 [1] says by what, so that a saved state of the other kind lacks it or has it in excess.
 
 Both kinds of checkpoint load through vLLM's layerwise processing: parameters start on the meta device, and a layer gets
 memory when the last of its tensors has been read. So the peak is the INT8 model so far and one layer in full.
@@ -17,20 +18,24 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tp_group
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearMethodBase, MergedColumnParallelLinear
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
 from vllm.model_executor.utils import replace_parameter
 
 from rowint8.kernels import ops
-from rowint8.kernels.quantize import Int8Weight, quantize_rowwise
+from rowint8.kernels.activations import rotation_block
+from rowint8.kernels.quantize import Int8Weight, quantize_rowwise, row_absmax
 from rowint8.vllm_plugin import attached
 from rowint8.vllm_plugin.loading import FLOATS, SAVED_FROM_MEMORY, Int8Method, guarded_loader, refuse_incomplete
 from rowint8.vllm_plugin.passes import prepare_model
 from rowint8.vllm_plugin.warmup import warm_up
+
+logger = init_logger(f"vllm.{__name__}")
 
 _HINT_ONLINE = 'an INT8 checkpoint needs "quantization_config": {"quant_method": "rowint8"} in its config.json'
 _HINT_SCALE = "quantize the checkpoint again to get the scales of this format"
@@ -45,28 +50,27 @@ class RowInt8LinearMethod(LinearMethodBase, Int8Method):
 
     Args:
         prefix: the layer's name, for messages.
-        serialized: whether the checkpoint holds INT8 weights.
-        fuse_swiglu: whether the pass of `swiglu_fusion` may take a gate_up layer together with what follows it.
-        fuse_norm: whether the model of this layer may compute its norms by `rowint8::add_rms_norm`.
+        config: the `RowInt8Config`, what the user chose.
     """
 
     uses_meta_device = True
     multiplies = True
     """Whether `apply` is ever called."""
 
-    def __init__(self, prefix: str, serialized: bool, fuse_swiglu: bool = False, fuse_norm: bool = False) -> None:
+    def __init__(self, prefix: str, config: Any) -> None:
         self.prefix = prefix
-        self.fuse_swiglu = fuse_swiglu
-        self.fuse_norm = fuse_norm
+        self.config = config
+        self.block: int | None = None
+        """Columns that are rotated together, where activations are INT8; 1 is no rotation."""
         self.k_is_split = False
         self.is_gate_up = False
         self.dtype = torch.get_default_dtype()
-        config = get_current_vllm_config()
-        self.max_tokens = config.scheduler_config.max_num_batched_tokens
-        load_format = config.load_config.load_format
+        vllm_config = get_current_vllm_config()
+        self.max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        load_format = vllm_config.load_config.load_format
         self.dummy = load_format == "dummy"
         self.from_memory = load_format in SAVED_FROM_MEMORY
-        self.serialized = serialized or self.from_memory
+        self.serialized = config.serialized or self.from_memory
 
     def create_weights(
         self,
@@ -81,9 +85,10 @@ class RowInt8LinearMethod(LinearMethodBase, Int8Method):
         """Registers `weight` [N, K], and `weight_scale` [N] where serialized, on the meta device (see the module)."""
         self.k_is_split = input_size_per_partition != input_size
         self.dtype = params_dtype
-        self.is_gate_up = self.fuse_swiglu and _is_gate_up(layer, output_partition_sizes)
+        self.is_gate_up = self.config.fuse_swiglu and _is_gate_up(layer, output_partition_sizes)
+        self.block = self._rotation_block(input_size, input_size_per_partition)
         shape = sum(output_partition_sizes), input_size_per_partition
-        prepare_model(get_current_vllm_config(), self.fuse_norm, shape if self.is_gate_up else None)
+        prepare_model(get_current_vllm_config(), self.config, shape if self.is_gate_up else None)
         device = None if self.from_memory else "meta"
         dtype = torch.int8 if self.serialized else params_dtype
         dtypes, hint = ((torch.int8,), _HINT_SERIALIZED) if self.serialized else (FLOATS, _HINT_ONLINE)
@@ -102,6 +107,8 @@ class RowInt8LinearMethod(LinearMethodBase, Int8Method):
                 weight_loader=load(f"{self.prefix}.weight_scale", (torch.float16,), _HINT_SCALE),
             )
             layer.register_parameter("weight_scale", scale)
+        if self.block and self.from_memory:
+            layer.register_parameter("rotation_block", _saved(self.block))
         attached.set_bias_loader(layer, load(f"{self.prefix}.bias", FLOATS, _HINT_BIAS))
         if not self.from_memory:
             initialize_online_processing(layer)
@@ -119,13 +126,41 @@ class RowInt8LinearMethod(LinearMethodBase, Int8Method):
         values, scale = self._read(layer) if self.serialized else self._quantize(layer.weight.data)
         replace_parameter(layer, "weight", values)
         replace_parameter(layer, "weight_scale", scale)
+        if self.block:
+            self._note_block(layer, self.block)
         attached.set_processed(layer)
         if self.multiplies:
             warm_up(self, layer)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., K] -> [..., N] in x's dtype."""
-        return ops.linear(x, layer.weight, layer.weight_scale, bias)
+        if self.block is None:
+            return ops.linear(x, layer.weight, layer.weight_scale, bias)
+        tokens, scale = ops.quantize_tokens(x, self.block)
+        return ops.linear_int8(tokens, scale, layer.weight, layer.weight_scale, bias, x.dtype)
+
+    def _rotation_block(self, k: int, k_of_rank: int) -> int | None:
+        """The block for INT8 activations, from all K columns of the layer; None where only weights are INT8."""
+        if self.config.activations is None:
+            return None
+        block = rotation_block(k, self.config.rotation_block)
+        if k_of_rank % block:
+            raise ValueError(
+                f"{self.prefix}: a rank holds {k_of_rank} of {k} columns, not whole rotated blocks of {block}; "
+                f'take fewer ranks, or "rotation_block": {rotation_block(k_of_rank, block)}'
+            )
+        if block == 1:
+            logger.warning_once(
+                f"rowint8: layers of {k} inputs are not rotated: no power of two from 16 on divides {k}"
+            )
+        return block
+
+    def _note_block(self, layer: Any, block: int) -> None:
+        """Leaves `rotation_block`, or refuses one of a saved state that differs."""
+        saved = getattr(layer, "rotation_block", None)
+        if self.from_memory and not self.dummy and saved is not None and int(saved) != block:
+            raise ValueError(f"{self.prefix}: rows are rotated by {int(saved)}, not by {block} as the options say")
+        replace_parameter(layer, "rotation_block", _saved(block).to(layer.weight.device))
 
     def _read(self, layer: Any) -> Int8Weight:
         scale = layer.weight_scale.data
@@ -136,21 +171,28 @@ class RowInt8LinearMethod(LinearMethodBase, Int8Method):
         return Int8Weight(layer.weight.data, scale)
 
     def _quantize(self, weight: Tensor) -> Int8Weight:
-        return quantize_part(weight, f"{self.prefix}.weight", get_tp_group() if self.k_is_split else None)
+        group = get_tp_group() if self.k_is_split else None
+        return quantize_part(weight, f"{self.prefix}.weight", group, self.block or 1)
 
 
-def quantize_part(weight: Tensor, name: str, group: Any = None) -> Int8Weight:
+def quantize_part(weight: Tensor, name: str, group: Any = None, block: int = 1) -> Int8Weight:
     """Rounds a [N, K] weight; where it is a rank's part of the columns, with the scales of the whole rows.
 
     Args:
         name: of the weight, for messages.
         group: vLLM's group of the ranks that hold the other columns, or None.
+        block: columns that are rotated together first.
     """
-    if group is None:
-        return quantize_rowwise(weight, name=name)
-    absmax = _absmax_over_ranks(weight, group)[:, None]
-    values, scale = quantize_rowwise(torch.cat([weight, absmax], dim=1), name=name)
-    return Int8Weight(values[:, :-1].contiguous(), scale)
+    absmax = None
+    if group is not None:
+        absmax = row_absmax(weight, name=name, block=block)
+        torch.distributed.all_reduce(absmax, torch.distributed.ReduceOp.MAX, group=group.device_group)
+    return quantize_rowwise(weight, name=name, block=block, absmax=absmax)
+
+
+def _saved(block: int) -> nn.Parameter:
+    """What a saved state holds of it."""
+    return nn.Parameter(torch.tensor([block], dtype=torch.int32), requires_grad=False)
 
 
 def _is_gate_up(layer: Any, output_partition_sizes: list[int]) -> bool:
@@ -160,10 +202,3 @@ def _is_gate_up(layer: Any, output_partition_sizes: list[int]) -> bool:
         and len(output_partition_sizes) == 2
         and output_partition_sizes[0] == output_partition_sizes[1]
     )
-
-
-def _absmax_over_ranks(weight: Tensor, group: Any) -> Tensor:
-    """Largest magnitude of each whole row [N], in the weight's dtype, of a weight split along K over the group."""
-    absmax = torch.linalg.vector_norm(weight, ord=float("inf"), dim=1).float()
-    torch.distributed.all_reduce(absmax, torch.distributed.ReduceOp.MAX, group=group.device_group)
-    return absmax.to(weight.dtype)

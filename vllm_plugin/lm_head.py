@@ -1,6 +1,7 @@
 """The language model head in INT8, and the embedding too where the two are tied: one copy of [vocabulary, K] for both.
 
-A row is a token: the head multiplies by all of them (`rowint8::linear`), the embedding gathers and scales some.
+A row is a token: the head multiplies by all of them, the embedding gathers and scales some, and rotates them back where
+activations are INT8.
 vLLM ties in two ways, by model and version: `lm_head = lm_head.tie_weights(embed_tokens)` makes them one module, and
 `lm_head.weight = embed_tokens.weight` shares a parameter that is not loaded yet. Both end with one pair of tensors (see
 `TiedHeadMethod`).
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 from vllm.model_executor.layers.linear import LinearMethodBase
 
-from rowint8.kernels import ops
+from rowint8.kernels.activations import rotate
 from rowint8.vllm_plugin import attached
 from rowint8.vllm_plugin.linear import RowInt8LinearMethod
 from rowint8.vllm_plugin.loading import Int8Method
@@ -32,14 +33,17 @@ class RowInt8VocabMethod(RowInt8LinearMethod):
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         """int64 token ids [...] -> [..., K] in the layer's dtype, each row scaled in fp32 and rounded once."""
-        values = embedding(input_, layer.weight).float()
-        return (values * embedding(input_, layer.weight_scale[:, None]).float()).to(layer.params_dtype)
+        rows = embedding(input_, layer.weight).float() * embedding(input_, layer.weight_scale[:, None]).float()
+        return (rotate(rows, self.block) if self.block else rows).to(layer.params_dtype)
 
 
 class RowInt8EmbeddingMethod(RowInt8VocabMethod):
-    """An embedding alone: its rows are gathered, and no product needs a kernel."""
+    """An embedding alone: its rows are gathered as they are, and no product needs a kernel."""
 
     multiplies = False
+
+    def _rotation_block(self, k: int, k_of_rank: int) -> None:
+        """Nothing is multiplied, so nothing is rotated."""
 
 
 class TiedHeadMethod(LinearMethodBase, Int8Method):
@@ -59,7 +63,8 @@ class TiedHeadMethod(LinearMethodBase, Int8Method):
         embed_tokens = attached.vocab_layer(layer.weight)
         layer.register_parameter("weight", embed_tokens.weight)
         layer.register_parameter("weight_scale", embed_tokens.weight_scale)
+        self.multiply = embed_tokens.quant_method.apply
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., K] -> [..., vocabulary] in x's dtype."""
-        return ops.linear(x, layer.weight, layer.weight_scale, bias)
+        return self.multiply(layer, x, bias)

@@ -7,8 +7,12 @@ becomes `rowint8::add_rms_norm(x, residual, weight, eps)`. What torch.compile ma
 kernel ahead of it has ended; this one is set up before. Versions of vLLM that have an IR write the two as one operator,
 which the pass replaces; others write them in torch, which it matches. Either way vLLM's own fusions come first, and
 what they take is theirs. The sum is rounded before it is normalized, as by vLLM's CUDA kernel, not by its native code.
+
+Where nothing but `rowint8::quantize_tokens` reads what is normed, the two become `rowint8::add_rms_norm_int8`. LoRA
+reads it too, so there they stay.
 """
 
+import operator
 from functools import cache
 from typing import Any
 
@@ -29,13 +33,15 @@ class NormFusion(InductorPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         _patterns(self.dtype).apply(graph)
-        operator = compat.norm_operator()
-        for node in graph.find_nodes(op="call_function", target=operator) if operator else ():
+        of_vllm = compat.norm_operator()
+        for node in graph.find_nodes(op="call_function", target=of_vllm) if of_vllm else ():
             if supports(*node.args):
                 _replace(node)
+        for node in graph.find_nodes(op="call_function", target=torch.ops.rowint8.add_rms_norm.default):
+            _round(node)
 
     def uuid(self) -> str:
-        return self.hash_source(type(self), supports, _replace, total_by_torch, norm_by_torch, str(self.dtype))
+        return self.hash_source(type(self), supports, _replace, _round, total_by_torch, norm_by_torch, str(self.dtype))
 
 
 def supports(x: Any, residual: Any, weight: Any, eps: float, variance_size: int | None = None) -> bool:
@@ -53,6 +59,27 @@ def _replace(node: fx.Node) -> None:
     ours.meta = node.meta.copy()
     node.replace_all_uses_with(ours)
     node.graph.erase_node(node)
+
+
+def _round(norm: fx.Node) -> None:
+    """Lets the norm hand out INT8 where every reader rounds it."""
+    graph, outputs = norm.graph, {node.args[1]: node for node in norm.users}
+    rounded = list(outputs[0].users) if 0 in outputs else []
+    if len(rounded) != 1 or rounded[0].target != torch.ops.rowint8.quantize_tokens.default:
+        return
+    (quantize,) = rounded
+    with graph.inserting_before(norm):
+        ours = graph.call_function(torch.ops.rowint8.add_rms_norm_int8.default, (*norm.args, quantize.args[1]))
+    ours.meta = {"val": (*quantize.meta["val"], norm.meta["val"][1])}
+    for node in [*quantize.users, *([outputs[1]] if 1 in outputs else [])]:
+        place = node.args[1] if node.args[0] is quantize else 2
+        with graph.inserting_after(ours):
+            output = graph.call_function(operator.getitem, (ours, place))
+        output.meta = node.meta.copy()
+        node.replace_all_uses_with(output)
+        graph.erase_node(node)
+    for node in (quantize, outputs[0], norm):
+        graph.erase_node(node)
 
 
 def total_by_torch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

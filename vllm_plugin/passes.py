@@ -13,6 +13,7 @@ from vllm.config import CompilationMode
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from rowint8.kernels.activations import rotation_block
 from rowint8.vllm_plugin import compat
 from rowint8.vllm_plugin.norm_fusion import NormFusion
 from rowint8.vllm_plugin.swiglu_fusion import SwigluFusion
@@ -22,47 +23,66 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 class Passes(InductorPass):
-    """The plugin's passes over one model: vLLM has a place for one. `gate_ups` are shapes [2I, K], for the log."""
+    """The plugin's passes over one model: vLLM has a place for one.
 
-    def __init__(self) -> None:
+    Args:
+        options: what the user chose. Some choices change the graph that vLLM caches, which has no other way to know.
+    """
+
+    def __init__(self, options: dict[str, Any] | None = None) -> None:
+        self.options = options or {}
         self.norm: NormFusion | None = None
         self.swiglu: SwigluFusion | None = None
 
     def __call__(self, graph: fx.Graph) -> None:
+        share_rounded(graph)
         for fusion in (self.norm, self.swiglu):
             if fusion:
                 fusion(graph)
 
     def uuid(self) -> str:
-        return self.hash_dict({"passes": [fusion and fusion.uuid() for fusion in (self.norm, self.swiglu)]})
+        passes = [fusion and fusion.uuid() for fusion in (self.norm, self.swiglu)]
+        sharing = self.hash_source(share_rounded)
+        return self.hash_dict({"passes": passes, "sharing": sharing, "options": self.options})
 
 
-def prepare_model(config: Any, fuse_norm: bool = False, gate_up: tuple[int, int] | None = None) -> None:
+def share_rounded(graph: fx.Graph) -> None:
+    """Lets layers that read the same tokens round them once."""
+    first: dict[tuple, fx.Node] = {}
+    for node in graph.find_nodes(op="call_function", target=torch.ops.rowint8.quantize_tokens.default):
+        rounded = first.setdefault(node.args, node)
+        if rounded is not node:
+            node.replace_all_uses_with(rounded)
+            graph.erase_node(node)
+
+
+def prepare_model(vllm_config: Any, config: Any, gate_up: tuple[int, int] | None = None) -> None:
     """Prepares the model being built for one of its INT8 layers. Repeating it counts gate_up layers, nothing else.
 
     Args:
-        config: vLLM's config of the model.
-        fuse_norm: whether sum and norm become `rowint8::add_rms_norm`.
+        vllm_config: vLLM's config of the model.
+        config: the `RowInt8Config`, what the user chose.
         gate_up: shape [2I, K] of the layer's weight, if it is a gate_up layer whose SwiGLU may be fused.
     """
-    passes = _passes(config) if fuse_norm or gate_up else None
+    passes = _passes(vllm_config, config)
     if passes is None:
         return
-    if fuse_norm and passes.norm is None and _norm_obstacle(config) is None:
-        passes.norm = NormFusion(config.model_config.dtype)
-        _warm_up_norm(config.model_config)
+    model = vllm_config.model_config
+    if config.fuse_norm and passes.norm is None and _norm_obstacle(vllm_config) is None:
+        passes.norm = NormFusion(model.dtype)
+        _warm_up_norm(model, config)
+    if gate_up and passes.swiglu is None and _swiglu_obstacle(vllm_config) is None:
+        passes.swiglu = SwigluFusion(model.dtype, [])
     if gate_up and passes.swiglu:
         passes.swiglu.gate_ups.append(gate_up)
-    elif gate_up and _swiglu_obstacle(config) is None:
-        passes.swiglu = SwigluFusion(config.model_config.dtype, [gate_up])
 
 
-def _passes(config: Any) -> Passes | None:
+def _passes(vllm_config: Any, config: Any) -> Passes | None:
     """The model's passes, which this installs; None where no pass can run."""
-    installed = config.compilation_config.inductor_compile_config
-    if _obstacle(config) is not None:
+    installed = vllm_config.compilation_config.inductor_compile_config
+    if _obstacle(vllm_config) is not None:
         return None
-    return installed.setdefault(current_platform.pass_key, Passes())
+    return installed.setdefault(current_platform.pass_key, Passes(config.options()))
 
 
 def _obstacle(config: Any) -> str | None:
@@ -93,7 +113,9 @@ def not_fused(config: Any, fuse_swiglu: bool, fuse_norm: bool) -> dict[str, str 
     }
 
 
-def _warm_up_norm(model: Any) -> None:
+def _warm_up_norm(model: Any, config: Any) -> None:
     if current_platform.is_cuda():
         device, size = torch.device("cuda", torch.cuda.current_device()), model.get_hidden_size()
-        ready(("add_rms_norm",), size, size, False, model.dtype, device, 1)
+        block = rotation_block(size, config.rotation_block)
+        rounding = [("add_rms_norm_int8", block, size)] if config.activations else []
+        ready((("add_rms_norm", size, size), *rounding), model.dtype, device, 1)

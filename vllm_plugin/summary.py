@@ -29,7 +29,8 @@ def summary(model: nn.Module, config: Any) -> list[str]:
     fused = {"SwiGLU": f"SwiGLU fused in {_plural(_swiglus(model), 'layer')}", "norms": "norms fused"}
     reasons = not_fused(config, config.quant_config.fuse_swiglu, config.quant_config.fuse_norm)
     fusions = (f"{what} not fused: {reason}" if reason else fused[what] for what, reason in reasons.items())
-    return [size, *_head(model), *fusions]
+    activations = ["INT8 activations"] if config.quant_config.activations else []
+    return [size, *activations, *_head(model), *fusions]
 
 
 def sizes(model: nn.Module, dtype: torch.dtype) -> tuple[int, int]:

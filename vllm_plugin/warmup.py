@@ -16,9 +16,15 @@ def warm_up(method: Any, layer: Any) -> None:
     """Makes ready what a layer with its `RowInt8LinearMethod` may launch, once for all layers of a shape; on GPUs."""
     weight = layer.weight
     if weight.device.type == "cuda":
-        ops = ("linear", "swiglu") if method.is_gate_up else ("linear",)
         has_bias = applies_bias(layer, method.k_is_split)
-        ready(ops, *weight.shape, has_bias, method.dtype, weight.device, method.max_tokens)
+        n, k = weight.shape
+        kind = "_int8" if method.block else ""
+        launched = [(f"linear{kind}", n, k, has_bias)]
+        if method.is_gate_up:
+            launched.append((f"swiglu{kind}", n, k, False))
+        if method.block:
+            launched.append(("quantize_tokens", method.block, k, False))
+        ready(tuple(launched), method.dtype, weight.device, method.max_tokens)
 
 
 def applies_bias(layer: Any, k_is_split: bool) -> bool:
@@ -28,12 +34,29 @@ def applies_bias(layer: Any, k_is_split: bool) -> bool:
 
 
 @cache
-def ready(
-    ops: tuple, n: int, k: int, has_bias: bool, dtype: torch.dtype, device: torch.device, max_tokens: int
-) -> None:
-    """Compiles what `ops` may launch for an [n, k] weight, or a norm's [k] where n = k, and up to so many tokens."""
+def ready(launched: tuple[tuple, ...], dtype: torch.dtype, device: torch.device, max_tokens: int) -> None:
+    """Compiles what is launched, arguments of `kernels.warmup.WeightShape`, for up to so many tokens."""
     from rowint8.kernels.warmup import WeightShape, warmup
 
-    weights = [WeightShape(op, n, k, has_bias and op == "linear") for op in ops]
-    kernels, seconds = warmup(weights, dtype, device, max_tokens)
-    logger.info("rowint8: %d kernels for [%d, %d] weights are ready after %.1f s", kernels, n, k, seconds)
+    shapes = [WeightShape(*given) for given in launched]
+    kernels, seconds = warmup(shapes, dtype, device, max_tokens)
+    names = ", ".join(f"{shape.op} [{shape.n}, {shape.k}]" for shape in shapes)
+    logger.info("rowint8: %d kernels are ready after %.1f s, for %s", kernels, seconds, names)
+
+
+def warm_up_experts(method: Any, layer: Any, activation: tuple) -> None:
+    """Makes ready what the experts of a layer may launch, once for all layers of a shape; on GPUs."""
+    tensors = layer.w13_weight, layer.w13_weight_scale, layer.w2_weight, layer.w2_weight_scale
+    shape = tuple(layer.w13_weight.shape)
+    if layer.w13_weight.device.type != "cuda" or shape in _ready_experts:
+        return
+    from rowint8.kernels.experts.warmup import warmup
+
+    _ready_experts.add(shape)
+    sizes = method.moe.experts_per_token, method.dtype, method.max_tokens
+    tiles, seconds = warmup(tensors, *sizes, layer.expert_map, activation)
+    logger.info("rowint8: kernels for %d tiles of experts are ready after %.1f s, for %s", tiles, seconds, list(shape))
+
+
+_ready_experts: set[tuple] = set()
+"""Shapes of gate_up."""

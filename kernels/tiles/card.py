@@ -32,9 +32,11 @@ def card_of(device: torch.device) -> Card:
 
 def why_weight_only(device: torch.device) -> str | None:
     """Why the card does not multiply INT8 tokens fast, if so."""
-    if device.type != "cuda":
-        return None
-    capability = torch.cuda.get_device_capability(device)
+    return why_slow_in_int8(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
+
+
+def why_slow_in_int8(capability: tuple[int, int]) -> str | None:
+    """Why a card of this compute capability does not multiply INT8 tokens fast, if so."""
     if capability == (10, 3):
         return "its tensor cores are slow in INT8"
     if capability[0] == 10 and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):

@@ -103,7 +103,7 @@ def test_layers_of_one_shape_are_warmed_up_once(monkeypatch):
     calls = []
     monkeypatch.setattr("rowint8.kernels.warmup.warmup", lambda *given: calls.append(given) or Ready(3, 0.5))
     weight = SimpleNamespace(shape=torch.Size([96, 32]), device=torch.device("cuda:7"))
-    method = SimpleNamespace(is_gate_up=True, k_is_split=False, dtype=torch.bfloat16, max_tokens=2048)
+    method = SimpleNamespace(is_gate_up=True, k_is_split=False, dtype=torch.bfloat16, max_tokens=2048, block=None)
     for bias in (torch.ones(96), torch.ones(96), None):
         warm_up(method, SimpleNamespace(weight=weight, bias=bias))
     swiglu = WeightShape("swiglu", 96, 32)
@@ -111,3 +111,8 @@ def test_layers_of_one_shape_are_warmed_up_once(monkeypatch):
         ([WeightShape("linear", 96, 32, has_bias), swiglu], torch.bfloat16, torch.device("cuda:7"), 2048)
         for has_bias in (True, False)
     ]
+    calls.clear()
+    method.block = 16
+    warm_up(method, SimpleNamespace(weight=weight, bias=None))
+    rounded = [("linear_int8", 96, 32), ("swiglu_int8", 96, 32), ("quantize_tokens", 16, 32)]
+    assert calls == [([WeightShape(*each) for each in rounded], torch.bfloat16, torch.device("cuda:7"), 2048)]

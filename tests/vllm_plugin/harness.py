@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from rowint8.kernels.activations import rotation_block
 from rowint8.kernels.quantize import dequantize, quantize_rowwise
 
 ENV = {
@@ -118,17 +119,24 @@ def with_other_numbers(source: Path, folder: Path) -> Path:
     return edited_copy(source, folder, flip)
 
 
-def prequantized(source: Path, folder: Path, edit=lambda tensors: None, also: tuple[str, ...] = ()) -> Path:
-    """A rowint8 checkpoint of `source`, the weights `also` quantized too, its tensors then changed by `edit`."""
+def prequantized(
+    source: Path, folder: Path, edit=lambda tensors: None, also: tuple[str, ...] = (), largest_block: int | None = None
+) -> Path:
+    """A rowint8 checkpoint of `source`, the weights `also` quantized too, its tensors then changed by `edit`.
+
+    With a `largest_block` it is one for INT8 activations.
+    """
 
     def quantize(tensors):
         for name in [*also, *(name for name in tensors if name.endswith("_proj.weight"))]:
-            tensors[name], tensors[f"{name}_scale"] = quantize_rowwise(tensors[name])
+            block = rotation_block(tensors[name].shape[1], largest_block) if largest_block else 1
+            tensors[name], tensors[f"{name}_scale"] = quantize_rowwise(tensors[name], block=block)
         edit(tensors)
 
     edited_copy(source, folder, quantize)
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "rowint8"}
+    rotation = {"activations": "int8", "rotation_block": largest_block} if largest_block else {}
+    config["quantization_config"] = {"quant_method": "rowint8"} | rotation
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -165,7 +173,7 @@ def assert_loaded_layer_by_layer(memory: dict, layer_bytes: int) -> None:
     assert memory["final"] < memory["peak"] <= 1.1 * memory["final"] + layer_bytes
 
 
-def assert_close(logprobs: list, expected: list) -> None:
+def assert_close(logprobs: list, expected: list, abs: float = 2e-4) -> None:
     for ours, theirs in zip(logprobs, expected, strict=True):
         for position, reference in zip(ours, theirs, strict=True):
-            assert position == pytest.approx(reference, abs=2e-4)
+            assert position == pytest.approx(reference, abs=abs)

@@ -18,6 +18,8 @@ from rowint8.vllm_plugin.moe import why_unquantized
 from rowint8.vllm_plugin.passes import Passes
 from rowint8.vllm_plugin.summary import sizes, summary
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.mark.parametrize(
     ("version", "said"),
@@ -91,13 +93,18 @@ def test_the_line_gives_bytes_before_and_after_and_what_is_fused():
     passes, packed = {}, {"gate_up": ["gate", "up"]}
     config = SimpleNamespace(
         model_config=SimpleNamespace(dtype=torch.bfloat16),
-        quant_config=SimpleNamespace(fuse_swiglu=True, fuse_norm=False, packed_modules_mapping=packed),
+        quant_config=SimpleNamespace(
+            activations="int8", fuse_swiglu=True, fuse_norm=False, packed_modules_mapping=packed
+        ),
         compilation_config=SimpleNamespace(mode=CompilationMode.VLLM_COMPILE, inductor_compile_config=passes),
         lora_config=None,
         kernel_config=SimpleNamespace(),
     )
     said = "; ".join(summary(model, config))
-    assert said == "2 linear layers in INT8, 0.00 -> 0.00 GiB; SwiGLU fused in 1 layer; norms not fused: switched off"
+    assert said == (
+        "2 linear layers in INT8, 0.00 -> 0.00 GiB; INT8 activations; SwiGLU fused in 1 layer; "
+        "norms not fused: switched off"
+    )
     config.lora_config = object()
     assert "SwiGLU not fused: LoRA adds to its inputs" in summary(model, config)
     config.compilation_config.mode = CompilationMode.NONE

@@ -14,6 +14,8 @@ from rowint8.vllm_plugin import config as config_module
 from rowint8.vllm_plugin import ignore
 from rowint8.vllm_plugin.config import RowInt8Config
 
+pytestmark = pytest.mark.newest
+
 
 def test_importing_the_plugin_loads_nothing_heavy():
     code = "import sys, rowint8.vllm_plugin; print(*sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
@@ -65,11 +67,14 @@ def test_every_option_is_documented():
     [
         (
             {"ignored": []},
-            "unknown option ignored; accepted are quant_method, ignore, serialized, lm_head, embed_tokens, towers,",
+            "unknown option ignored; accepted are quant_method, ignore, activations, rotation_block, serialized,",
         ),
         ({"bits": 4, "group_size": 32}, "unknown option bits, group_size; accepted are"),
         ({"serialized": "no"}, "serialized must be true or false, got 'no'"),
         ({"ignore": "lm_head"}, "ignore must be a list of names"),
+        ({"activations": "fp8"}, "activations must be \"int8\" or left out, got 'fp8'"),
+        ({"rotation_block": 64}, 'rotation_block is for INT8 activations; add "activations": "int8"'),
+        ({"activations": "int8", "rotation_block": 96}, "rotation_block must be one of 16, 32, 64, 128, 256, got 96"),
         ({"lm_head": "int8"}, "lm_head must be true or false, got 'int8'"),
         ({"fuse_swiglu": 1}, "fuse_swiglu must be true or false, got 1"),
         ({"lm_head": True, "ignore": ["lm_head"]}, "lm_head is true, but ignore holds 'lm_head'"),
@@ -90,11 +95,11 @@ def test_choosing_a_method_changes_no_setting_of_vllm():
     vllm_plugin.register()
     config = VllmConfig()
     config.kernel_config.ir_op_priority.fused_add_rms_norm = ["native"]
-    passes = dict(config.compilation_config.inductor_compile_config)
+    chosen, passes = RowInt8Config(), dict(config.compilation_config.inductor_compile_config)
     layer = MergedColumnParallelLinear.__new__(MergedColumnParallelLinear)
     with set_current_vllm_config(config):
-        method = RowInt8Config().get_quant_method(layer, "model.layers.0.mlp.gate_up_proj")
-    assert (method.prefix, method.fuse_swiglu, method.fuse_norm) == ("model.layers.0.mlp.gate_up_proj", True, True)
+        method = chosen.get_quant_method(layer, "model.layers.0.mlp.gate_up_proj")
+    assert (method.prefix, method.config) == ("model.layers.0.mlp.gate_up_proj", chosen)
     assert config.compilation_config.inductor_compile_config == passes
     assert config.kernel_config.ir_op_priority.fused_add_rms_norm == ["native"]
 

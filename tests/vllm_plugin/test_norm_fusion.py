@@ -11,6 +11,7 @@ from vllm.config import CompilationMode
 from vllm.platforms import current_platform
 
 from rowint8.vllm_plugin import compat
+from rowint8.vllm_plugin.config import RowInt8Config
 from rowint8.vllm_plugin.norm_fusion import NormFusion, supports
 from rowint8.vllm_plugin.passes import Passes, prepare_model
 
@@ -123,8 +124,8 @@ def test_it_comes_before_native_code_alone_and_in_compiled_models(first, mode):
     compilation = SimpleNamespace(mode=mode, inductor_compile_config={})
     model = SimpleNamespace(dtype=torch.bfloat16, get_hidden_size=lambda: 64)
     config = SimpleNamespace(kernel_config=kernel_config, compilation_config=compilation, model_config=model)
-    prepare_model(config, fuse_norm=True)
-    prepare_model(config, fuse_norm=True)
+    prepare_model(config, RowInt8Config())
+    prepare_model(config, RowInt8Config())
     passes = compilation.inductor_compile_config.get(current_platform.pass_key)
     assert (isinstance(passes, Passes) and passes.norm is not None) == (
         first != "vllm_c" and mode == CompilationMode.VLLM_COMPILE

@@ -13,7 +13,7 @@ and, where wanted,
     tie_by_weight  whether models tie their head as many did before vLLM 0.32
 
 A result is {"token_ids", "logprobs", "prompt_logprobs", "layers" (see `describe_layers`), "triton_calls",
-"swiglu_calls", "norm_calls"} and, where they apply,
+"swiglu_calls", "norm_calls", "int8_calls" (of each operator of INT8 activations)} and, where they apply,
 
     ranks         the layers of every rank
     same_memory   whether every weight stayed where it was in a reload or a sleep
@@ -67,10 +67,13 @@ def _run(job: dict) -> dict:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    from rowint8.kernels import cpu
+    from rowint8.kernels import cpu, cpu_int8
 
     triton = _use_triton() if job.get("triton") else None
     swiglu, norm = _Counted("swiglu", cpu.swiglu), _Counted("add_rms_norm", cpu.add_rms_norm)
+    of_int8 = {f"{name}_int8": getattr(cpu_int8, name) for name in ("linear", "swiglu", "add_rms_norm")}
+    of_int8["quantize_tokens"] = cpu_int8.quantize_tokens
+    int8 = {name: _Counted(name, launch) for name, launch in of_int8.items()}
     memory = {}
     with _patches(job, memory):
         llm = LLM(job["model"], **job["llm"])
@@ -102,6 +105,7 @@ def _run(job: dict) -> dict:
         "triton_calls": triton.calls if triton else 0,
         "swiglu_calls": swiglu.calls,
         "norm_calls": norm.calls,
+        "int8_calls": {name: counted.calls for name, counted in int8.items()},
     }
     if len(ranks) > 1:
         result["ranks"] = ranks
