@@ -2,7 +2,7 @@
 # its memory for themselves.
 WORKERS ?= $(shell nvidia-smi > /dev/null 2>&1 && echo 0 || echo 2)
 
-.PHONY: demo test test-vllm-0.26 test-vllm-0.33 setup lint sanitize stamp
+.PHONY: demo test test-vllm-0.26 test-vllm-0.33 test-vllm-newest setup lint sanitize stamp
 
 demo: setup
 	.venv/bin/rowint8 demo
@@ -19,6 +19,11 @@ test-vllm-0.26:
 test-vllm-0.33: setup
 	scripts/setup_vllm_0.33.sh
 	.venv-0.33/bin/python -m pytest tests/vllm_plugin
+
+# Those of them that CI has time for.
+test-vllm-newest: setup
+	scripts/setup_vllm_0.33.sh
+	OMP_NUM_THREADS=1 .venv-0.33/bin/python -m pytest tests/vllm_plugin -m newest -n $(WORKERS) --dist loadfile --durations 8
 
 setup:
 	@scripts/setup.sh

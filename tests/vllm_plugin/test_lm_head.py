@@ -40,6 +40,7 @@ def vocab_layers(result: dict) -> dict:
     return {name: layer for name, layer in result["layers"].items() if not name.endswith("_proj")}
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("tied", [True, False])
 def test_it_says_what_the_dequantized_model_says(models, online, tied):
     model = oracle(models[tied], lm_head=True)

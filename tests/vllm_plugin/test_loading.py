@@ -20,6 +20,7 @@ pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
 
+@pytest.mark.newest
 def test_prequantized_equals_online_bit_for_bit(driver, tiny, online, tmp_path):
     folder = prequantized(tiny, tmp_path / "int8")
     assert driver.works(folder, llm={**TINY, "quantization": None}) == online

@@ -54,6 +54,7 @@ def methods(result: dict) -> dict[str, str]:
     return {name.split(".", 3)[-1]: layer["method"] for name, layer in result["layers"].items()}
 
 
+@pytest.mark.newest
 def test_mixtral_says_what_the_dequantized_model_says(mixtral, online):
     model = oracle(mixtral)
     assert_follows(online, PROMPTS, lambda tokens: model(tokens).logits)

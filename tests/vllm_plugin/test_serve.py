@@ -52,6 +52,7 @@ def wait_until_healthy(process, client, log) -> None:
     pytest.fail(f"not healthy after {START_SECONDS} s: {log.read_text()[-3000:]}")
 
 
+@pytest.mark.newest
 def test_a_completion_then_a_clean_stop(server):
     process, url, log = server
     client = openai.OpenAI(base_url=url, api_key="none")
