@@ -26,8 +26,8 @@ LITTLE = 0.75
 _USABLE = 0.9
 """Share of a card's memory that vLLM takes."""
 _GENERATIONS = {8: "Ampere", 9: "Hopper", 10: "Blackwell", 11: "Blackwell", 12: "Blackwell"}
-_TOKENS = (1, 8, 9, 8192)
-"""Numbers of tokens between which the kernels of a card change."""
+_TOKENS = {"1": 1, "2 to 8": 8, "9 and more": 9}
+"""Numbers of tokens that share a kernel, and one of them."""
 _VLLM_SECONDS = 180.0
 
 
@@ -60,18 +60,19 @@ class Estimate:
 
 
 def gpus() -> list[Gpu]:
-    """The kinds of GPUs here; empty on a CPU. Imports torch and Triton."""
+    """The kinds of GPUs here; empty on a CPU."""
     import torch
-    import triton
 
     found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     counts, first = Counter(each.name for each in found), {}
     for index, each in enumerate(found):
         first.setdefault(each.name, (each, torch.device("cuda", index)))
-    return [_gpu(each, counts[name], device, triton.__version__) for name, (each, device) in first.items()]
+    return [_gpu(each, counts[name], device) for name, (each, device) in first.items()]
 
 
-def _gpu(properties, count: int, device, triton_version: str) -> Gpu:
+def _gpu(properties, count: int, device) -> Gpu:
+    from rowint8.kernels.tiles.card import why_weight_only
+
     capability = (properties.major, properties.minor)
     return Gpu(
         name=properties.name,
@@ -80,7 +81,7 @@ def _gpu(properties, count: int, device, triton_version: str) -> Gpu:
         generation=generation(capability),
         memory_bytes=properties.total_memory,
         kernels=_kernels(device) if capability >= (8, 0) else {},
-        no_int8_activations=why_no_int8_activations(capability, triton_version),
+        no_int8_activations=why_weight_only(device),
     )
 
 
@@ -91,19 +92,6 @@ def generation(capability: tuple[int, int]) -> str:
     return "Ada" if capability == FP8 else _GENERATIONS.get(capability[0], "newer than Blackwell")
 
 
-def why_no_int8_activations(capability: tuple[int, int], triton_version: str) -> str | None:
-    """Why a card multiplies no INT8 activations; None where it does."""
-    from packaging.version import Version
-
-    if capability < (8, 0):
-        return "they need compute capability 8.0 or newer"
-    if capability == (10, 3):
-        return "the tensor cores of compute capability 10.3 (B300) are slow in INT8"
-    if capability[0] == 10 and Version(triton_version).release < (3, 9):
-        return f"on compute capability 10.0 they need Triton 3.9 or newer; this is {triton_version}"
-    return None
-
-
 def _kernels(device) -> dict[str, str]:
     """The kernels that shipped tiles choose for gate and up of an 8B model."""
     from rowint8.kernels.tiles.card import card_of
@@ -111,9 +99,9 @@ def _kernels(device) -> dict[str, str]:
     from rowint8.kernels.tiles.types import FewTokensTile, HopperTile
 
     names = {FewTokensTile: "Gluon, few tokens", HopperTile: "Gluon, Hopper (TMA, wgmma)"}
-    tiles = [pick_tile(Product("linear", m, 28672, 4096, 2, True), card_of(device)) for m in _TOKENS]
-    found = [names.get(type(tile), "Triton") for tile in tiles]
-    return {"1": found[0], "2 to 8": found[1], "9 and more": found[2] if found[2] == found[3] else "Triton or Gluon"}
+    products = {tokens: Product("linear", m, 28672, 4096, 2, True) for tokens, m in _TOKENS.items()}
+    card = card_of(device)
+    return {tokens: names.get(type(pick_tile(product, card)), "Triton") for tokens, product in products.items()}
 
 
 def plugin_problem() -> str | None:

@@ -20,6 +20,7 @@ TASKS = ("rowint8_basics.yaml", "rowint8_basics.jsonl")
 STAMP = Path("eval", "results", "commit.json")
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 REPOSITORY = PROJECT["urls"]["Repository"]
+PICTURE = "results/vllm-h200-batch.svg"
 INSTALLED = """
 import json, importlib.metadata as metadata
 found = metadata.entry_points(group="vllm.general_plugins")
@@ -50,6 +51,8 @@ def built(tmp_path_factory):
     (source / STAMP).write_text("{}")
     for name in FILES:
         shutil.copy(REPO / name, source)
+    with (source / "README.md").open("a") as readme:
+        readme.write(f"\n![a picture]({PICTURE})\n")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source)
     return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
 
@@ -65,7 +68,8 @@ def installed(built, tmp_path_factory):
 def test_a_wheel_holds_every_room_and_the_task(built):
     with ZipFile(built[1]) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
-    modules = {path.relative_to(REPO) for folder in FOLDERS for path in (REPO / folder).rglob("*.py")}
+    sources = (path for folder in FOLDERS for path in (REPO / folder).rglob("*.*") if path.suffix in (".py", ".c"))
+    modules = {path.relative_to(REPO) for path in sources}
     tasks = {Path("eval", "tasks", name) for name in TASKS}
     assert packed == {f"rowint8/{path.as_posix()}" for path in modules | tasks | {STAMP}}
     assert len(modules) > 80
@@ -84,6 +88,7 @@ def test_every_link_on_the_index_page_leads_to_a_file_of_the_repository(built):
     ours = [link for link in links if link.startswith(f"{REPOSITORY}/")]
     assert [link for link in links if not link.startswith(("https://", "#"))] == []
     assert len(ours) > 20
+    assert f"{REPOSITORY}/raw/main/{PICTURE}" in ours
     paths = [re.sub(r"^/(blob|raw)/main/", "", link.removeprefix(REPOSITORY).partition("#")[0]) for link in ours]
     assert [path for path in paths if not (REPO / path).exists()] == []
 

@@ -134,23 +134,6 @@ def test_a_generation_is_known_by_its_capability(capability, name):
     assert doctor.generation(capability) == name
 
 
-@pytest.mark.parametrize(
-    ("capability", "triton", "reason"),
-    [
-        ((8, 0), "3.6.0", None),
-        ((9, 0), "3.6.0", None),
-        ((12, 0), "3.6.0", None),
-        ((10, 0), "3.9.0", None),
-        ((10, 0), "3.8.1", "Triton 3.9 or newer; this is 3.8.1"),
-        ((10, 3), "3.9.0", "slow in INT8"),
-        ((7, 5), "3.9.0", "8.0 or newer"),
-    ],
-)
-def test_int8_activations_are_for_cards_that_multiply_them_fast(capability, triton, reason):
-    found = doctor.why_no_int8_activations(capability, triton)
-    assert found is None if reason is None else reason in str(found)
-
-
 def test_each_kind_of_card_is_listed_once_with_its_kernels(cards):
     cards(H200, A100, H200, ("Tesla T4", (7, 5), 16))
     hopper, ampere, old = doctor.gpus()
@@ -162,6 +145,10 @@ def test_each_kind_of_card_is_listed_once_with_its_kernels(cards):
     assert hopper.kernels == {"1": "Triton", "2 to 8": "Gluon, few tokens", "9 and more": "Gluon, Hopper (TMA, wgmma)"}
     assert ampere.kernels == {"1": "Triton", "2 to 8": "Gluon, few tokens", "9 and more": "Triton"}
     assert old.kernels == {}
+    assert hopper.no_int8_activations is None
+    cards(("NVIDIA B300", (10, 3), 288))
+    [slow] = doctor.gpus()
+    assert "slow in INT8" in str(slow.no_int8_activations)
 
 
 def test_estimates_are_of_the_card_that_is_there_if_it_was_measured(cards):
