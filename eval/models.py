@@ -1,7 +1,11 @@
 """The models that are measured, as their config.json describes them, and the arithmetic on their sizes."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
+
+from rowint8.baseline_engine.errors import one_line
+from rowint8.eval.errors import EvalError
 
 Config = Mapping[str, Any]
 """A config.json of the Llama kind."""
@@ -140,3 +144,11 @@ def weight_bytes(config: Config, form: str, lm_head: bool = False) -> int:
 def embedding_bytes(config: Config) -> int:
     """Bytes of the embedding table in bf16, of which a step reads only its tokens' rows."""
     return 2 * config["vocab_size"] * config["hidden_size"]
+
+
+def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises EvalError where a config is of weights that are quantized already, which would be called original ones."""
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        method = one_line(method or "an unnamed method")
+        raise EvalError(f"{folder} is already quantized ({method}); give the fp32, bf16 or fp16 original")

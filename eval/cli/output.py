@@ -237,7 +237,7 @@ class Kept:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Lets one process of this machine at a time, whoever's it is, read, change and write a file: its folder is locked."""
+    """Lets one process of this machine at a time, of any user, read, change and write a file: its folder is locked."""
     import fcntl
 
     folder = Path(os.path.realpath(path)).parent

@@ -5,11 +5,13 @@ from typing import Annotated, Optional
 
 import typer
 
+from rowint8.baseline_engine.files import read_json
 from rowint8.baseline_engine.progress import progress_bar
 from rowint8.eval.cli.output import Json, Kept, answer, err, out, write
 from rowint8.eval.cli.quantize import TrustRemoteCode
 from rowint8.eval.demo_model import DEFAULT_FOLDER
 from rowint8.eval.errors import EvalError
+from rowint8.eval.models import refuse_quantized
 from rowint8.eval.writing import refuse_unwritable
 
 Model = Annotated[Path, typer.Option(help="A model folder.")]
@@ -161,7 +163,8 @@ def arithmetic(dtype: str | None) -> str:
 
 
 def existing_model(folder: Path) -> Path:
-    """The folder; raises EvalError where it holds no model."""
+    """The folder; raises EvalError where it holds no model, or one whose weights are no original ones."""
     if not (folder / "config.json").is_file():
         raise EvalError(f"{folder} is not a model folder (no config.json); `rowint8 demo-model` makes one")
+    refuse_quantized(folder, read_json(folder / "config.json"))
     return folder

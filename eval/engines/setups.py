@@ -11,8 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rowint8.baseline_engine.files import read_json
 from rowint8.eval.errors import EvalError
-from rowint8.eval.models import DEFAULT_MODEL, MODELS
+from rowint8.eval.models import DEFAULT_MODEL, MODELS, refuse_quantized
 from rowint8.eval.quantize.formats import packed_config, w8a8_config
 
 if TYPE_CHECKING:
@@ -157,6 +158,7 @@ def model_folder(
         raise EvalError("--config and --layers are of dummy weights; a --model is measured as it is")
     if not (model / "config.json").is_file():
         raise EvalError(f"--model: {model} is not a model folder (no config.json)")
+    refuse_quantized(model, read_json(model / "config.json"))
     yield model.resolve(), {}
 
 

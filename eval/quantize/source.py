@@ -18,6 +18,7 @@ from rowint8.baseline_engine.checkpoint import HUB_FILES, read_header, resolve_f
 from rowint8.baseline_engine.errors import EngineError, one_line, shown
 from rowint8.baseline_engine.files import read_json, require_file
 from rowint8.eval.errors import EvalError
+from rowint8.eval.models import refuse_quantized
 from rowint8.eval.quantize.layers import linear_layers, time_limit
 
 INDEX = "model.safetensors.index.json"
@@ -82,7 +83,7 @@ def open_source(folder: Path, trust_remote_code: bool = False) -> Source:
         headers = {path: read_header(path) for path in paths}
     except (EngineError, OSError, ValueError) as error:
         raise EvalError(one_line(error)) from None
-    _check_original(folder, config)
+    refuse_quantized(folder, config)
     places = _places(headers, {name: folder / file for name, file in weight_map.items()})
     header = {name: headers[path][name] for name, path in places.items()}
     _check_experts(folder, header)
@@ -132,13 +133,6 @@ def _weight_map(folder: Path) -> dict[str, str]:
             raise EvalError(f"{index} names {other} and {file}, which would be written to one file; rename one")
         seen[name.casefold()] = file
     return files
-
-
-def _check_original(folder: Path, config: Mapping[str, Any]) -> None:
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        method = one_line(method or "an unnamed method")
-        raise EvalError(f"{folder} is already quantized ({method}); give the fp32, bf16 or fp16 original")
 
 
 def _check_experts(folder: Path, names: Iterable[str]) -> None:

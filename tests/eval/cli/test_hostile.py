@@ -17,6 +17,7 @@ from tests.eval.cli.test_app import rowint8
 LONG = "n" * 300
 NO_UTF8 = "\udcff"
 MARKUP = "[/bold]"
+METHOD = {"quant_method": "rowint8"}
 
 
 def short(value):
@@ -63,6 +64,29 @@ TAKES_A_MODEL = [("quality", "--model"), ("agreement", "--model"), ("tune", "--m
 @pytest.mark.parametrize("folder", FOLDERS, ids=short)
 def test_what_is_no_model_is_one_line(run, before, folder):
     run(*before, folder, *(["out"] if before == ("quantize",) else []))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("quality",),
+        ("agreement",),
+        ("demo", "--no-vllm"),
+        ("bench", "engine"),
+        ("bench", "vllm", "--setups", "bf16"),
+        ("bench", "serve"),
+        ("profile",),
+        ("fidelity", "--text", "latin.txt"),
+    ],
+    ids=" ".join,
+)
+def test_int8_weights_are_never_measured_as_the_original_ones(run, tmp_path, monkeypatch, command):
+    monkeypatch.setattr("rowint8.eval.cli.bench.warn_if_busy", lambda: None)
+    monkeypatch.setattr("rowint8.eval.cli.profile.warn_if_busy", lambda: None)
+    shape = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=64, hidden_size=64)
+    (tmp_path / "list" / "config.json").write_text(json.dumps(shape | {"quantization_config": METHOD}))
+    said = run(*command, "--model", "list")
+    assert "list is already quantized (rowint8); give the fp32, bf16 or fp16 original" in said
 
 
 @pytest.mark.parametrize(
