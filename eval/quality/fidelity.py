@@ -22,7 +22,7 @@ from rowint8.eval.results.schema import FidelityRow
 CHUNK = 128
 """Tokens whose logits are in memory at a time."""
 MOST_NATS = 30.0
-"""Of a token's negative log-likelihood, on average; a uniform guess among a million tokens has 14."""
+"""The largest mean negative log-likelihood of a language model: a uniform guess among a million tokens has 14."""
 
 
 @dataclass(frozen=True)
