@@ -135,4 +135,4 @@ def _first_problem(error: ValidationError) -> str:
     given = repr(first["input"])
     shown = given if len(given) <= 60 else given[:57] + "..."
     more = f"; {error.error_count() - 1} more" if error.error_count() > 1 else ""
-    return f"{place}: {first['msg']} (given: {shown}{more})"
+    return f"{place}: {' '.join(first['msg'].split())} (given: {shown}{more})"

@@ -160,6 +160,7 @@ def test_absent_and_empty_results_are_refused(tmp_path):
         ("quality", r"rows\.0\.task: Field required"),
         ("engine", r"rows\.0\.repeats: Field required"),
         ("unheard-of", r"rows\.0: .*'unheard-of' .*'generation'.*'kernel'"),
+        ("\n", r"rows\.0: .*'generation'"),
         (None, r"rows\.0: .*'kind'"),
     ],
 )
