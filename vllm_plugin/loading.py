@@ -24,6 +24,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SAVED_FROM_MEMORY = ("sharded_state", "runai_streamer_sharded")
 """Load formats of files that `save_sharded_state` wrote: each rank's parameters as they were in memory, so INT8."""
 
+_OF_ROUTER = "e_score_correction_bias"
+"""A parameter that experts share with their router. `guard` sees that the checkpoint fills it."""
+
 _HINT_AGAIN = "a checkpoint may hold it once, and other weights come in through `reload_weights`"
 
 
@@ -96,6 +99,8 @@ def _checkpoint_shape(layer: Any, param: Tensor, shard: Any = None) -> list[int]
 def refuse_incomplete(layer: nn.Module, prefix: str) -> None:
     """ValueError unless the checkpoint filled every parameter of the layer, up to the padding of a vocabulary."""
     for name, param in layer.named_parameters(recurse=False):
+        if name == _OF_ROUTER:
+            continue
         parts, expected = attached.loaded_parts(param), attached.expected_numel(param)
         if sum(parts.values()) < expected:
             found = f"{len(parts)} parts" if len(parts) > 3 else ", ".join(map(_part_name, parts)) or "nothing"

@@ -65,7 +65,8 @@ def _round(norm: fx.Node) -> None:
     """Lets the norm hand out INT8 where every reader rounds it."""
     graph, outputs = norm.graph, {node.args[1]: node for node in norm.users}
     rounded = list(outputs[0].users) if 0 in outputs else []
-    if len(rounded) != 1 or rounded[0].target != torch.ops.rowint8.quantize_tokens.default:
+    once = len(outputs) == len(norm.users) and len(rounded) == 1
+    if not once or rounded[0].target != torch.ops.rowint8.quantize_tokens.default:
         return
     (quantize,) = rounded
     with graph.inserting_before(norm):
