@@ -48,15 +48,24 @@ class _Call(NamedTuple):
     activation: tuple
 
 
-def experts(x: Tensor, *given: Any, tile: ExpertsTile | None = None) -> Tensor:
+def experts(
+    x: Tensor,
+    *given: Any,
+    tile: ExpertsTile | None = None,
+    out: Tensor | None = None,
+    scratch: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """`ops.experts` for contiguous [M, H] activations, [M, k] weights and ids, already checked there.
 
     Args:
         tile: the one to run with, instead of the one that `pick_tile` returns.
+        out: where the result goes, contiguous [M, H] in x's dtype; None makes it.
+        scratch: two contiguous tensors in x's dtype of at least M * k * max(H, I) elements, for what is between; `out`
+            may lie in the first. None makes it.
     """
     layer = Experts(*given)
     (M, H), topk, E = x.shape, layer.ids.shape[1], len(layer.down)
-    out = torch.empty(M, H, dtype=x.dtype, device=x.device)
+    out = torch.empty(M, H, dtype=x.dtype, device=x.device) if out is None else out
     if not M:
         return out
     all_experts = E if layer.expert_map is None else len(layer.expert_map)
@@ -64,22 +73,32 @@ def experts(x: Tensor, *given: Any, tile: ExpertsTile | None = None) -> Tensor:
     activation = layer.activation == "swigluoai", layer.alpha, layer.limit
     call = _Call(x.device, x.dtype, topk, E, layer.expert_map is not None, activation)
     if tile.block_m == 1:
-        _pairs(x, layer, tile, call, out)
+        _pairs(x, layer, tile, call, scratch and scratch[1], out)
     else:
         routing = route(layer.ids, layer.expert_map, E, tile.block_m)
-        hidden = _grouped(x, layer, tile, call, routing, fused=True)
-        parts = _grouped(hidden, layer, tile, call, routing, fused=False)
+        first, second = scratch or (None, None)
+        hidden = _grouped(x, layer, tile, call, routing, first, fused=True)
+        parts = _grouped(hidden, layer, tile, call, routing, second, fused=False)
         _sum(parts, layer, call, out)
     return out
 
 
-def _grouped(x: Tensor, layer: Experts, tile: ExpertsTile, call: _Call, routing: Routing, fused: bool) -> Tensor:
+def _rows(count: int, columns: int, like: Tensor, scratch: Tensor | None) -> Tensor:
+    """[count, columns] in `scratch`, or of their own."""
+    if scratch is None:
+        return torch.empty(count, columns, dtype=like.dtype, device=like.device)
+    return scratch.view(-1)[: count * columns].view(count, columns)
+
+
+def _grouped(
+    x: Tensor, layer: Experts, tile: ExpertsTile, call: _Call, routing: Routing, scratch: Tensor | None, fused: bool
+) -> Tensor:
     """`hidden` from tokens where `fused`, else `parts` from `hidden`."""
     weight = layer.gate_up if fused else layer.down
     scale, bias = (layer.gate_up_scale, layer.gate_up_bias) if fused else (layer.down_scale, layer.down_bias)
     cut = tile.gate_up if fused else tile.down
     N, K = weight.shape[1] // (1 + fused), weight.shape[2]
-    out = torch.empty(layer.ids.numel(), N, dtype=x.dtype, device=x.device)
+    out = _rows(layer.ids.numel(), N, x, scratch)
     constants, options = _grouped_constants(call, cut, tile.narrow, K, fused, bias is not None)
     tensors = x, weight, scale, bias, layer.weights, out
     arguments = *tensors, *routing, x.shape[0], N, K, routing.most_blocks
@@ -120,9 +139,9 @@ def _sum(parts: Tensor, layer: Experts, call: _Call, out: Tensor) -> None:
     launch(products.sum_kernel, variant, (M, blocks(H, block), 1), arguments, constants, options)
 
 
-def _pairs(x: Tensor, layer: Experts, tile: ExpertsTile, call: _Call, out: Tensor) -> None:
+def _pairs(x: Tensor, layer: Experts, tile: ExpertsTile, call: _Call, scratch: Tensor | None, out: Tensor) -> None:
     (M, H), I, pairs = x.shape, layer.down.shape[2], layer.ids.numel()
-    hidden = torch.empty(pairs, I, dtype=x.dtype, device=x.device)
+    hidden = _rows(pairs, I, x, scratch)
     tensors = x, layer.gate_up, layer.gate_up_scale, layer.gate_up_bias, hidden, layer.ids, layer.expert_map
     variant = "pairs_gate_up", tile.gate_up, H, I, call, traits(*tensors)
     constants, options = _pairs_constants(call, tile.gate_up, H, layer.gate_up_bias is not None, True)
