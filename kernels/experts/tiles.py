@@ -1,13 +1,15 @@
 """How the products of a mixture of experts are cut into programs, and which tile a call takes."""
 
+import math
 from dataclasses import replace
+from functools import cache
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from rowint8.kernels.tiles.card import Card
 from rowint8.kernels.tiles.pick import fit
-from rowint8.kernels.tiles.types import TritonTile
+from rowint8.kernels.tiles.types import HopperTile, TritonTile
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -34,22 +36,56 @@ class ExpertsTile:
         return self.gate_up.block_m
 
 
-_PAIRS = ExpertsTile(TritonTile(1, 2, 1024, 1, 1), TritonTile(1, 2, 256, 4, 1))
+_FEW_PAIRS = 8
+_FEW = ExpertsTile(TritonTile(1, 2, 1024, 1, 1), TritonTile(1, 2, 256, 8, 1))
+_PAIRS = ExpertsTile(TritonTile(1, 4, 512, 1, 1), TritonTile(1, 2, 256, 2, 1))
 _SORTED = (
-    (10, ExpertsTile(TritonTile(16, 64, 256, 4, 3), TritonTile(16, 64, 256, 4, 3))),
-    (24, ExpertsTile(TritonTile(32, 64, 256, 4, 3), TritonTile(32, 64, 256, 4, 3), narrow=16)),
-    (96, ExpertsTile(TritonTile(64, 128, 128, 4, 3), TritonTile(64, 64, 128, 4, 4), narrow=16)),
+    (12, ExpertsTile(TritonTile(16, 64, 128, 4, 3), TritonTile(16, 128, 128, 4, 3))),
+    (24, ExpertsTile(TritonTile(32, 64, 128, 4, 3), TritonTile(32, 64, 128, 4, 3), narrow=16)),
+    (96, ExpertsTile(TritonTile(64, 64, 64, 4, 3), TritonTile(64, 64, 64, 4, 4), narrow=16)),
 )
 """(up to this many pairs an expert, tile)"""
+_HOPPER = (
+    (12, HopperTile(16, 256, 2, 1)),
+    (24, HopperTile(32, 256, 2, 1)),
+    (48, HopperTile(64, 64, 4, 1)),
+    (320, HopperTile(128, 128, 2, 1)),
+    (math.inf, HopperTile(128, 64, 3, 1, 64)),
+)
+"""Likewise for the Hopper kernel. All come from sweeps over Qwen3-30B-A3B and Mixtral-8x7B on an H200."""
+_INT8 = (
+    (4, HopperTile(16, 256, 1, 2, int8=True)),
+    (12, HopperTile(32, 128, 1, 2, int8=True)),
+    (48, HopperTile(64, 256, 2, 1, int8=True)),
+    (96, HopperTile(64, 128, 2, 1, 32, int8=True)),
+    (192, HopperTile(128, 128, 2, 1, 32, int8=True)),
+    (1024, HopperTile(128, 128, 3, 1, int8=True)),
+    (math.inf, HopperTile(128, 128, 3, 1, 64, int8=True)),
+)
 _MANY = ExpertsTile(TritonTile(128, 128, 64, 8, 4), TritonTile(128, 128, 64, 8, 4), narrow=32)
-_EXPERTS_A_PAIR = 4
+_EXPERTS_A_PAIR = 2
 """Pairs are computed on their own where at least so many experts are there for each: few then share one."""
 
 
-def pick_tile(tokens: int, topk: int, experts: int, itemsize: int, card: Card) -> ExpertsTile:
-    """The tile for this many tokens, `topk` experts a token, `experts` here and activations of `itemsize` bytes."""
+def pick_tile(
+    tokens: int, topk: int, experts: int, itemsize: int, card: Card, by_tma: bool = False
+) -> ExpertsTile | HopperTile:
+    """The tile for this many tokens, `topk` experts a token, `experts` in all and activations of `itemsize` bytes, 1 of
+    which is INT8.
+
+    Args:
+        by_tma: whether TMA can read the operands: see `hopper_serves`. INT8 tokens want it.
+    """
     pairs = tokens * topk
-    if tokens == 1 or pairs * _EXPERTS_A_PAIR <= experts:
-        return _PAIRS
+    if itemsize > 1 and (tokens == 1 or pairs * _EXPERTS_A_PAIR <= experts):
+        return _FEW if pairs <= _FEW_PAIRS else _PAIRS
+    if by_tma and card.hopper_processors:
+        mean = pairs / min(pairs, experts)
+        return next(tile for most, tile in (_INT8 if itemsize == 1 else _HOPPER) if mean <= most)
     tile = next((tile for most, tile in _SORTED if pairs <= most * experts), _MANY)
+    return _fit(tile, itemsize, card)
+
+
+@cache
+def _fit(tile: ExpertsTile, itemsize: int, card: Card) -> ExpertsTile:
     return replace(tile, gate_up=fit(tile.gate_up, itemsize, card), down=fit(tile.down, itemsize, card))

@@ -194,6 +194,17 @@ def test_nan_of_one_token_reaches_no_other(device, index):
 
 
 @on_each_device
+@pytest.mark.parametrize("tile", TILES)
+def test_results_go_where_the_caller_wants_them(check, device, tile):
+    """Into memory that is also used for what is between, as in vLLM."""
+    x, layer = case(4, 2, 3, 48, 40, torch.float32, device)
+    scratch = torch.full((4, 2, 50), float("nan"), device=device), torch.full((500,), float("nan"), device=device)
+    out = scratch[0].view(-1)[: 4 * 48].view(4, 48)
+    assert experts(x, *layer.flat(), tile=TILES[tile], out=out, scratch=scratch) is out
+    check(out, x, layer)
+
+
+@on_each_device
 def test_no_tokens(device):
     x, layer = case(0, 2, 3, 48, 40, torch.float32, device)
     assert experts(x, *layer.flat()).shape == (0, 48)

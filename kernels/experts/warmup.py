@@ -1,0 +1,63 @@
+"""Compiles and loads, before the first request, the kernels that a layer of experts can need (see
+`kernels/warmup.py`)."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from time import perf_counter
+
+import torch
+from torch import Tensor
+from triton.runtime import driver
+
+from rowint8.kernels.experts.launch import experts
+from rowint8.kernels.experts.tiles import ExpertsTile, pick_tile
+from rowint8.kernels.tiles.card import card_of
+from rowint8.kernels.warmup import Ready
+
+_THREADS = 8
+
+
+def warmup(
+    layer: tuple[Tensor, Tensor, Tensor, Tensor],
+    topk: int,
+    dtype: torch.dtype,
+    max_tokens: int,
+    expert_map: Tensor | None = None,
+    activation: tuple = ("silu", 1.0, None),
+) -> Ready:
+    """Runs experts without biases once for every tile that 1 to `max_tokens` tokens take. Nothing to do on a CPU.
+
+    Args:
+        layer: the four weight tensors of `ops.experts`.
+        activation: its last three arguments.
+    """
+    start, down = perf_counter(), layer[2]
+    device, hidden = down.device, down.shape[1]
+    many = len(down) if expert_map is None else len(expert_map)
+    if device.type != "cuda":
+        return Ready(0, 0.0)
+    counts = tokens_by_tile(topk, many, dtype, device, max_tokens)
+
+    def run(m: int) -> None:
+        with torch.cuda.device(device):
+            x = torch.zeros(m, hidden, dtype=dtype, device=device)
+            ids = torch.arange(m * topk, dtype=torch.int32, device=device).view(m, topk) % many
+            experts(x, *layer, torch.ones(m, topk, device=device), ids, None, None, expert_map, *activation)
+
+    driver.active.get_current_target()  # as in `kernels/warmup.py`
+    threads = min(_THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads, initializer=partial(torch.cuda.synchronize, device)) as pool:
+        list(pool.map(run, counts.values()))
+    torch.cuda.synchronize(device)
+    return Ready(len(counts), perf_counter() - start)
+
+
+def tokens_by_tile(
+    topk: int, experts: int, dtype: torch.dtype, device: torch.device, max_tokens: int
+) -> dict[ExpertsTile, int]:
+    """Each tile that 1 to `max_tokens` tokens take, and the smallest number that takes it."""
+    card, tiles = card_of(device), {}
+    for m in range(1, max_tokens + 1):
+        tiles.setdefault(pick_tile(m, topk, experts, dtype.itemsize, card), m)
+    return tiles
