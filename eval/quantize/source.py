@@ -19,6 +19,7 @@ from rowint8.baseline_engine.errors import EngineError, one_line, shown
 from rowint8.baseline_engine.files import read_json, require_file
 from rowint8.eval.errors import EvalError
 from rowint8.eval.models import refuse_quantized
+from rowint8.eval.quantize.experts import Header, expert_layers, in_model
 from rowint8.eval.quantize.layers import linear_layers, time_limit
 
 INDEX = "model.safetensors.index.json"
@@ -35,9 +36,6 @@ _BUILD_SECONDS = 60
 _MOST_OF_ANYTHING = 1_000_000
 """Larger counts ("num_...") in a config are refused: transformers would fill the memory before it finds an error."""
 
-Header = Mapping[str, tuple[tuple[int, ...], str]]
-"""Name -> (shape, safetensors dtype)."""
-
 
 @dataclass(frozen=True)
 class Source:
@@ -48,7 +46,7 @@ class Source:
     shards: dict[Path, tuple[str, ...]]
     """File -> names of its tensors. No tensor is in two."""
     layers: frozenset[str]
-    """Linear layers of the decoder that INT8 is for."""
+    """Linear layers of the decoder that INT8 is for; all experts of a layer are one, `<block>.experts`."""
     other_layers: frozenset[str]
     """Linear layers that stay as they are, but for the output layer (lm_head), which is in neither."""
     trust_remote_code: bool = False
@@ -86,13 +84,15 @@ def open_source(folder: Path, trust_remote_code: bool = False) -> Source:
     refuse_quantized(folder, config)
     places = _places(headers, {name: folder / file for name, file in weight_map.items()})
     header = {name: headers[path][name] for name, path in places.items()}
-    _check_experts(folder, header)
     _check_values(folder / "config.json", config, len(header))
     model, layers, others = described(folder, trust_remote_code)
-    _check_tensors(folder, model, layers, header)
-    _check_complete(folder, model, header)
+    experts = expert_layers(header)
+    by_model = in_model(model, header) if experts else header
+    _check_experts(folder, model, by_model)
+    _check_tensors(folder, model, layers, by_model)
+    _check_complete(folder, model, by_model)
     shards = {path: tuple(name for name in names if places[name] == path) for path, names in headers.items()}
-    return Source(folder, config, shards, layers, others, trust_remote_code)
+    return Source(folder, config, shards, layers | experts, others, trust_remote_code)
 
 
 def copied_files(folder: Path, code: bool = False) -> list[str]:
@@ -135,12 +135,11 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return files
 
 
-def _check_experts(folder: Path, names: Iterable[str]) -> None:
-    if any(_EXPERTS.search(name) for name in names):
-        raise EvalError(
-            f"{folder} is a mixture of experts, which cannot be written in INT8 yet; vLLM quantizes its dense layers "
-            "while loading with --quantization rowint8"
-        )
+def _check_experts(folder: Path, model: Any, header: Header) -> None:
+    """What looks like a part of a mixture of experts is one that the model has."""
+    known = model.state_dict().keys()
+    if unknown := [name for name in header if _EXPERTS.search(name) and name not in known]:
+        raise EvalError(f"{folder} holds {unknown[0]}, a part of experts that config.json does not describe")
 
 
 def _places(headers: Mapping[Path, Header], index: Mapping[str, Path]) -> dict[str, Path]:
