@@ -5,7 +5,7 @@ converted tensors of one file and one tensor of the source.
 """
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rowint8.baseline_engine.checkpoint import read_tensor
 from rowint8.eval.errors import EvalError
+from rowint8.eval.quantize.experts import apart, layer_of
 from rowint8.eval.quantize.folder import whole_folder
 from rowint8.eval.quantize.formats import FORMATS, CheckpointFormat
 from rowint8.eval.quantize.source import INDEX, Source, copied_files
@@ -39,7 +40,7 @@ def round_to_nearest(layers: Collection[str]) -> Convert:
     """Rounds the weights of `layers`; other tensors stay as they are."""
 
     def convert(name: str, tensor: Tensor) -> Tensor | Int8Weight:
-        return quantize_rowwise(tensor, name=name) if name.removesuffix(".weight") in layers else tensor
+        return quantize_rowwise(tensor, name=name) if layer_of(name) in layers else tensor
 
     return convert
 
@@ -62,6 +63,8 @@ def write_checkpoint(
     Raises:
         EvalError: `out` exists or cannot be written, or a weight cannot be quantized.
     """
+    if form == "compressed-tensors" and any(layer.endswith(".experts") for layer in source.layers):
+        raise EvalError(f"{source.folder} has experts, which are written in the format rowint8 alone")
     quantization = FORMATS[form].config(sorted({*ignored, *source.other_layers}))
     with whole_folder(out) as folder:
         _write_json(folder / "config.json", source.config | {"quantization_config": quantization})
@@ -79,12 +82,12 @@ def _write_weights(
     for path, names in source.shards.items():
         shard: dict[str, Tensor] = {}
         for name in names:
-            converted = _converted(path, name, convert)
-            if isinstance(converted, Int8Weight):
-                shard |= form.tensors(name.removesuffix(".weight"), converted)
-                int8_layers += 1
-            else:
-                shard[name] = converted.contiguous()
+            for part, converted in _converted(path, name, convert):
+                if isinstance(converted, Int8Weight):
+                    shard |= form.tensors(part.removesuffix(".weight"), converted)
+                    int8_layers += 1
+                else:
+                    shard[part] = converted.contiguous()
             advance()
         save_file(shard, folder / path.name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, path.name)
@@ -96,12 +99,14 @@ def _write_weights(
     return Written(int8_layers, sum(path.stat().st_size for path in source.shards), written_bytes)
 
 
-def _converted(path: Path, name: str, convert: Convert) -> Tensor | Int8Weight:
+def _converted(path: Path, name: str, convert: Convert) -> Iterator[tuple[str, Tensor | Int8Weight]]:
+    """What is written for a tensor: itself, or each expert's part of it."""
     try:
-        converted = convert(name, read_tensor(path, name, torch.device("cpu")))
-        if isinstance(converted, Tensor) and not _is_finite(converted):
-            raise ValueError(f"{name} holds NaN or Inf, with which no model answers; fetch the model again")
-        return converted
+        for part, tensor in apart(name, read_tensor(path, name, torch.device("cpu"))):
+            converted = convert(part, tensor)
+            if isinstance(converted, Tensor) and not _is_finite(converted):
+                raise ValueError(f"{name} holds NaN or Inf, with which no model answers; fetch the model again")
+            yield part, converted
     except (ValueError, TypeError, SafetensorError, OSError) as error:
         raise EvalError(f"{path}: {error}") from None
 

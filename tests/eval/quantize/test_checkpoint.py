@@ -9,7 +9,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 from rowint8.baseline_engine.config import EngineConfig
 from rowint8.baseline_engine.engine import Engine
@@ -221,7 +221,6 @@ def test_a_quantized_checkpoint_is_refused(model, tmp_path):
 @pytest.mark.parametrize(
     ("config_class", "options", "message"),
     [
-        (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}, "mixture of experts"),
         (GPT2Config, {}, "the model has no linear layers"),
     ],
 )
