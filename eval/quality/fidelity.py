@@ -1,12 +1,13 @@
-"""How far quantized weights move a model: the next-token distributions of the same text, against the original's.
+"""How far quantization moves a model: the next-token distributions of the same text, against the original's.
 
-All arithmetic is fp32 on the CPU, so that nothing but the weights differs. One model is in memory; a setup's weights
-are put into it. Of the original, its last hidden states are kept (fp32, hidden_size numbers a token), from which its
-logits are computed again a few tokens at a time: no array of tokens x vocabulary ever exists.
+All arithmetic is fp32 on the CPU, so that nothing differs but how weights and activations are rounded. One model is in
+memory; a setup's weights are put into it. Of the original, its last hidden states are kept (fp32, hidden_size numbers a
+token), from which its logits are computed again a few tokens at a time: no array of tokens x vocabulary ever exists.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from rowint8.eval.errors import EvalError
-from rowint8.eval.quality.fidelity_setups import Weights, WeightSet
+from rowint8.eval.quality.fidelity_setups import Round, Weights, WeightSet
 from rowint8.eval.results.schema import FidelityRow
 
 CHUNK = 128
@@ -60,7 +61,7 @@ class Fidelity:
         self._given = self._apply("the model", reference)
         self._check_head()
         self.reference_head = self._head().clone()
-        self.reference_hidden = list(self._hidden())
+        self.reference_hidden = [self._hidden(window) for window in range(len(windows))]
 
     @torch.inference_mode()
     def score(self, setup: WeightSet) -> TokenScores:
@@ -73,18 +74,38 @@ class Fidelity:
         if different := given ^ self._given:
             has = "has" if different & given else "lacks"
             raise EvalError(f"{setup.name} {has} {min(different)}, unlike the model; it is of another one")
-        parts = []
-        for tokens, reference, hidden in zip(self.windows, self.reference_hidden, self._hidden(), strict=True):
-            for start in range(0, len(tokens) - 1, CHUNK):
-                rows = slice(start, min(start + CHUNK, len(tokens) - 1))
-                targets = tokens[1:][rows]
-                logp = linear(reference[rows], self.reference_head).log_softmax(-1)
-                logq = linear(hidden[rows], self._head()).log_softmax(-1)
-                parts.append(_compare(logp, logq, targets))
+        with self._rounded_inputs(setup) as for_head:
+            parts = [part for window in range(len(self.windows)) for part in self._compared(window, for_head)]
         scores = TokenScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
         if not (scores.nll.mean() < MOST_NATS and scores.kl.isfinite().all()):
             raise EvalError(f"{setup.name}: the logits on this text are NaN, infinite, or no language model's")
         return scores
+
+    def _compared(self, window: int, for_head: Round) -> Iterator[tuple[Tensor, ...]]:
+        """`_compare` of a window, a few tokens at a time."""
+        tokens, reference, hidden = self.windows[window], self.reference_hidden[window], self._hidden(window)
+        for start in range(0, len(tokens) - 1, CHUNK):
+            rows = slice(start, min(start + CHUNK, len(tokens) - 1))
+            logp = linear(reference[rows], self.reference_head).log_softmax(-1)
+            logq = linear(for_head(hidden[rows]), self._head()).log_softmax(-1)
+            yield _compare(logp, logq, tokens[1:][rows])
+
+    @contextmanager
+    def _rounded_inputs(self, setup: WeightSet) -> Iterator[Round]:
+        """Rounds the inputs of the setup's layers as long as the block runs; gives what rounds those of the head."""
+        rounding, for_head = setup.activations or _as_it_is, _as_it_is
+        modules, hooks = dict(self.model.named_modules()), []
+        for name in setup.layers:
+            module = modules.get(name)
+            if module is not None and module.weight is self._head():
+                for_head = rounding
+            elif module is not None:
+                hooks.append(module.register_forward_pre_hook(lambda _, given: (rounding(given[0]), *given[1:])))
+        try:
+            yield for_head
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @torch.inference_mode()
     def _apply(self, setup: str, weights: Weights) -> set[str]:
@@ -103,10 +124,9 @@ class Fidelity:
         return given
 
     @torch.inference_mode()
-    def _hidden(self) -> Iterator[Tensor]:
-        """What the output layer sees, [window, hidden_size] for each window."""
-        for tokens in self.windows:
-            yield self.model.base_model(tokens[None], use_cache=False).last_hidden_state[0]
+    def _hidden(self, window: int) -> Tensor:
+        """What the output layer sees of a window, [window, hidden_size]."""
+        return self.model.base_model(self.windows[window][None], use_cache=False).last_hidden_state[0]
 
     def _head(self) -> Tensor:
         return self.model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]
@@ -119,6 +139,10 @@ class Fidelity:
             raise EvalError("the model's logits are NaN or infinite; its weights are at fault")
         if not torch.allclose(product, self.model(tokens).logits, rtol=1e-4, atol=1e-4):
             raise EvalError("this architecture changes its logits after the output layer, which is not supported here")
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _compare(logp: Tensor, logq: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

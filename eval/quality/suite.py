@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from rowint8.baseline_engine.errors import shown
 from rowint8.baseline_engine.files import read_json
+from rowint8.eval.engines.setups import SETUPS
 from rowint8.eval.errors import EvalError
 from rowint8.eval.processes import require_package, run_worker, vllm_environment
 from rowint8.eval.quality import lm_eval_run, paired
@@ -25,16 +26,19 @@ class Backend:
     """What runs the model, and what becomes of its linear weights."""
 
     engine: EngineName
-    setup: Literal["unquantized", "rowint8"]
+    setup: Literal["unquantized", "rowint8", "rowint8-a8"]
 
 
 BACKENDS = {
     "transformers": Backend("transformers", "unquantized"),
     "baseline": Backend("baseline", "unquantized"),
     "baseline-rowint8": Backend("baseline", "rowint8"),
+    "baseline-rowint8-a8": Backend("baseline", "rowint8-a8"),
     "vllm": Backend("vllm", "unquantized"),
     "vllm-rowint8": Backend("vllm", "rowint8"),
+    "vllm-rowint8-a8": Backend("vllm", "rowint8-a8"),
 }
+"""rowint8-a8 has INT8 activations too."""
 _PACKAGES = {"transformers": ("accelerate", "eval"), "baseline": ("lm_eval", "eval"), "vllm": ("vllm", "vllm")}
 """What an engine needs here besides lm-eval: a package, and the extra of ours that installs it."""
 
@@ -115,17 +119,18 @@ def _lm_eval_model(backend: Backend, dtype: str, max_length: int) -> tuple[str, 
     import torch
 
     cuda = torch.cuda.is_available()
-    quantization = "rowint8" if backend.setup == "rowint8" else None
     match backend.engine:
         case "transformers":
             # It holds the logits of a whole batch; their logarithms are taken in fp32, as the others do.
             where = {"device": "cuda", "batch_size": 32} if cuda else {"device": "cpu", "batch_size": 8}
             return "hf", {"max_length": max_length, "softmax_dtype": "float32", **where}
         case "baseline":
-            mode = "graph" if cuda else "eager"
-            return "baseline", {"max_length": max_length, "quantization": quantization or "none", "mode": mode}
+            arguments = {"max_length": max_length, "mode": "graph" if cuda else "eager"}
+            int8 = {} if backend.setup == "unquantized" else {"quantization": "rowint8"}
+            return "baseline", arguments | int8 | ({"activations": "int8"} if backend.setup == "rowint8-a8" else {})
         case "vllm":
-            return "vllm", {"max_model_len": max_length + 2, "quantization": quantization, "enforce_eager": True}
+            setup = SETUPS["bf16" if backend.setup == "unquantized" else backend.setup]
+            return "vllm", {"max_model_len": max_length + 2, "enforce_eager": True, **setup.arguments}
 
 
 def _environment(hub: bool) -> dict[str, str]:

@@ -20,6 +20,7 @@ from rowint8.eval.quantize.experts import apart, layer_of
 from rowint8.eval.quantize.folder import whole_folder
 from rowint8.eval.quantize.formats import FORMATS, CheckpointFormat
 from rowint8.eval.quantize.source import INDEX, Source, copied_files
+from rowint8.kernels.activations import rotation_block
 from rowint8.kernels.quantize import Int8Weight, quantize_rowwise
 
 Convert = Callable[[str, Tensor], Tensor | Int8Weight]
@@ -36,13 +37,26 @@ class Written:
     written_bytes: int
 
 
-def round_to_nearest(layers: Collection[str]) -> Convert:
-    """Rounds the weights of `layers`; other tensors stay as they are."""
+def round_to_nearest(layers: Collection[str], rotation: int | None = None) -> Convert:
+    """Rounds the weights of `layers`; other tensors stay as they are.
+
+    Args:
+        rotation: for INT8 activations, the largest block of columns that are rotated together before.
+    """
 
     def convert(name: str, tensor: Tensor) -> Tensor | Int8Weight:
-        return quantize_rowwise(tensor, name=name) if layer_of(name) in layers else tensor
+        layer = layer_of(name)
+        if layer not in layers:
+            return tensor
+        is_expert = layer != name.removesuffix(".weight")  # whose tokens stay in 16 bits
+        return quantize_rowwise(tensor, name=name, block=1 if is_expert else block_of(tensor, rotation))
 
     return convert
+
+
+def block_of(weight: Tensor, rotation: int | None) -> int:
+    """Columns of a weight [N, K] that are rotated together; 1 is no rotation."""
+    return 1 if rotation is None else rotation_block(weight.shape[1], rotation)
 
 
 def write_checkpoint(
@@ -52,6 +66,7 @@ def write_checkpoint(
     ignored: Collection[str],
     convert: Convert,
     advance: Callable[[], None] = lambda: None,
+    rotation: int | None = None,
 ) -> Written:
     """Writes the folder `out`, which appears whole or not at all.
 
@@ -59,6 +74,7 @@ def write_checkpoint(
         form: one of `FORMATS`.
         ignored: layers that `convert` leaves alone, for config.json.
         advance: called after each tensor.
+        rotation: by which `convert` rotates, for config.json; only the format rowint8 says it.
 
     Raises:
         EvalError: `out` exists or cannot be written, or a weight cannot be quantized.
@@ -66,6 +82,8 @@ def write_checkpoint(
     if form == "compressed-tensors" and any(layer.endswith(".experts") for layer in source.layers):
         raise EvalError(f"{source.folder} has experts, which are written in the format rowint8 alone")
     quantization = FORMATS[form].config(sorted({*ignored, *source.other_layers}))
+    if rotation is not None:
+        quantization |= {"activations": "int8", "rotation_block": rotation}
     with whole_folder(out) as folder:
         _write_json(folder / "config.json", source.config | {"quantization_config": quantization})
         sizes = _write_weights(source, folder, FORMATS[form], convert, advance)

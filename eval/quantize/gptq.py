@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from rowint8.baseline_engine.errors import one_line
 from rowint8.eval.errors import EvalError
-from rowint8.eval.quantize.checkpoint import Convert, round_to_nearest
+from rowint8.eval.quantize.checkpoint import Convert, block_of, round_to_nearest
 from rowint8.eval.quantize.layers import MERGED
 from rowint8.eval.quantize.source import Source
+from rowint8.kernels.activations import rotate
 from rowint8.kernels.quantize import INT8_MAX, Int8Weight, quantize_rowwise, round_to_scale
 
 WINDOW, WINDOWS = 128, 128
@@ -39,13 +40,18 @@ Arguments = dict[str, Any]
 
 @torch.inference_mode()
 def calibrate(
-    source: Source, layers: Collection[str], windows: Tensor, advance: Callable[[], None] = lambda: None
+    source: Source,
+    layers: Collection[str],
+    windows: Tensor,
+    advance: Callable[[], None] = lambda: None,
+    rotation: int | None = None,
 ) -> Convert:
     """Rounds the weights of `layers` for a text.
 
     Args:
         windows: calibration tokens, int64 [n, window].
         advance: called after each linear layer.
+        rotation: as of `round_to_nearest`; the text's inputs are rotated too.
 
     Raises:
         EvalError: the model has no list of decoder layers, or a weight or its inputs hold NaN or Inf.
@@ -70,10 +76,12 @@ def calibrate(
         linears = {names[part]: part for part in layer.modules() if names[part] in layers}
         hessians, hidden = _run(layer, linears, hidden, arguments)
         for name, hessian in hessians.items():
-            rounded[f"{name}.weight"] = _round(linears[name].weight, hessian, name)
+            weight = linears[name].weight
+            block = block_of(weight, rotation)
+            rounded[f"{name}.weight"] = _round(rotate(weight, block), _rotate_hessian(hessian, block), name)
             advance()
         layer.to("meta")
-    nearest = round_to_nearest(layers)
+    nearest = round_to_nearest(layers, rotation)
     return lambda name, tensor: rounded[name] if name in rounded else nearest(name, tensor)
 
 
@@ -143,6 +151,11 @@ def _first_of_merged(name: str, linears: Collection[str]) -> str:
     parent, _, kind = name.rpartition(".")
     merged = [f"{parent}.{part}" for parts in MERGED if kind in parts for part in parts]
     return next((part for part in merged if part in linears), name)
+
+
+def _rotate_hessian(hessian: Tensor, block: int) -> Tensor:
+    """X^T X of rotated inputs: H X^T X H, fp32 [K, K]."""
+    return rotate(rotate(hessian, block).T, block)
 
 
 def _round(weight: Tensor, hessian: Tensor, name: str) -> Int8Weight:

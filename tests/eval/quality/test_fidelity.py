@@ -16,6 +16,7 @@ from rowint8.eval.quantize import checkpoint as quantize_checkpoint
 from rowint8.eval.quantize.source import open_source
 from rowint8.eval.quantize.text import read_text, token_windows
 from rowint8.eval.results.files import read_results
+from rowint8.kernels.activations import quantize_tokens, rotate, rotation_block
 from rowint8.kernels.quantize import dequantize, quantize_rowwise
 
 SENTENCE = "A boat left the harbour before dawn, and nobody on the quay could say who had taken it. "
@@ -102,6 +103,61 @@ def test_ablation_rounds_one_kind_at_a_time(folder):
     model = job.Fidelity(folder, setups.original(source), WINDOWS)
     model.score(ablation["only up_proj"])
     assert_scores(model.score(ablation["only down_proj"]), expected(folder, int8("down_proj")))
+
+
+def test_int8_activations_round_the_inputs_of_every_layer(folder):
+    """Against transformers with layers that round rotated operands, the output layer too."""
+    scores = scores_of(folder, lambda source: setups.rounded_setup(source, "rowint8-a8+lm_head"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tied, rotated = model.config.tie_word_embeddings, {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            block = rotation_block(module.in_features)
+            rotated[name] = rotate(dequantize(quantize_rowwise(module.weight.data, block=block)), block)
+            module.register_forward_pre_hook(lambda _, given, block=block: (int8_tokens(given[0], block),))
+    with torch.inference_mode():
+        for name, weight in rotated.items():
+            model.get_submodule(name).weight.copy_(weight)
+        logits = model(WINDOWS).logits[:, :-1].flatten(0, 1).double()
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    logp, logq = logits_of(folder).log_softmax(-1), logits.log_softmax(-1)
+    kl = (logp.exp() * (logp - logq)).sum(-1)
+    assert (scores.kl - kl).abs().mean() < 0.05 * kl.mean()
+
+
+def int8_tokens(x, block):
+    q, scale = quantize_tokens(x, block)
+    return rotate(q.float() * scale[..., None], block)
+
+
+def test_what_a_setup_rounds_is_not_rounded_in_the_next(folder):
+    source = open_source(folder)
+    model = job.Fidelity(folder, setups.original(source), WINDOWS)
+    plain = model.score(setups.rounded_setup(source, "rowint8")).kl
+    assert not torch.equal(model.score(setups.rounded_setup(source, "fp8-a8")).kl, plain)
+    assert torch.equal(model.score(setups.rounded_setup(source, "rowint8")).kl, plain)
+
+
+def test_smaller_blocks_and_ablations_have_names(folder):
+    source = open_source(folder)
+    assert setups.choose(["rowint8-a8-64", "rowint8-a8-1"]) == ["rowint8-a8-64", "rowint8-a8-1"]
+    assert torch.equal(setups.round_rotated_rows(torch.eye(48), 1), setups.round_rowint8(torch.eye(48)))
+    names = [setup.name for setup in setups.ablation_setups(source, "rowint8-a8")]
+    assert "only q_proj, rowint8-a8" in names
+    assert names[-1] == "only lm_head, rowint8-a8"
+
+
+def test_a_stored_checkpoint_for_int8_activations_scores_as_rounding_does(folder, tmp_path):
+    source = open_source(folder)
+    convert = quantize_checkpoint.round_to_nearest(source.layers, 256)
+    quantize_checkpoint.write_checkpoint(source, tmp_path / "a8", "rowint8", (), convert, rotation=256)
+    stored = scores_of(folder, lambda source: setups.stored_setup(tmp_path / "a8"))
+    rounded = scores_of(folder, lambda source: setups.rounded_setup(source, "rowint8-a8"))
+    assert torch.equal(stored.kl, rounded.kl)
+    config = (tmp_path / "a8" / "config.json").read_text()
+    (tmp_path / "a8" / "config.json").write_text(config.replace('"rotation_block": 256', '"rotation_block": 7'))
+    with pytest.raises(EvalError, match="has activations and rotation_block as"):
+        setups.stored_setup(tmp_path / "a8")
 
 
 def test_unchanged_weights_cost_nothing(folder):

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from rowint8.eval.errors import EvalError
 from rowint8.eval.quality.paired import Item, metric_value
-from rowint8.eval.quality.suite import BACKENDS, choose, context_of, quality_rows
+from rowint8.eval.quality.suite import BACKENDS, _lm_eval_model, choose, context_of, quality_rows
 from rowint8.eval.report.quality import quality_tables
 from rowint8.eval.results.files import read_results
 from tests.eval.cli.test_app import rowint8
@@ -109,3 +109,13 @@ def test_command_compares_backends(smollm2, tmp_path):
     assert by_key["baseline", "acc"].value >= 0.7, "by chance it would be at most 0.5"
     assert abs(by_key["vllm", "logprob"].difference) < 1e-3, "the same INT8 weights in two engines"
     assert json.loads(file.read_text())["rows"][0]["questions"] == 20
+
+
+def test_backends_with_int8_activations_say_so_to_their_engines():
+    name, arguments = _lm_eval_model(BACKENDS["baseline-rowint8-a8"], "float32", 128)
+    assert (name, arguments["quantization"], arguments["activations"]) == ("baseline", "rowint8", "int8")
+    name, arguments = _lm_eval_model(BACKENDS["vllm-rowint8-a8"], "float32", 128)
+    assert name == "vllm"
+    assert arguments["hf_overrides"]["quantization_config"]["activations"] == "int8"
+    assert "activations" not in _lm_eval_model(BACKENDS["baseline-rowint8"], "float32", 128)[1]
+    assert _lm_eval_model(BACKENDS["vllm"], "float32", 128)[1] == {"max_model_len": 130, "enforce_eager": True}

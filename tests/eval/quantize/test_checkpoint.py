@@ -21,6 +21,7 @@ from rowint8.eval.quantize import checkpoint as job
 from rowint8.eval.quantize.formats import packed_tensors
 from rowint8.eval.quantize.layers import ignored_layers
 from rowint8.eval.quantize.source import open_source
+from rowint8.kernels.activations import LARGEST_BLOCK
 from rowint8.kernels.quantize import Int8Weight, dequantize, quantize_rowwise
 
 INDEX = "model.safetensors.index.json"
@@ -63,10 +64,11 @@ def model(tmp_path):
     return write_model(tmp_path / "model")
 
 
-def quantize(folder, out, form="rowint8", ignore=()):
+def quantize(folder, out, form="rowint8", ignore=(), rotation=None):
     source = open_source(folder)
     ignored = ignored_layers(source.layers, ignore)
-    job.write_checkpoint(source, out, form, ignored, job.round_to_nearest(source.layers - ignored))
+    convert = job.round_to_nearest(source.layers - ignored, rotation)
+    job.write_checkpoint(source, out, form, ignored, convert, rotation=rotation)
     return out
 
 
@@ -123,6 +125,23 @@ def test_the_small_engine_says_the_same_as_when_quantizing_on_load(model, tmp_pa
     assert [c.token_ids for c in online] == [c.token_ids for c in stored]
     buffers = [dict(engine.model.named_buffers()) for engine in engines]
     assert all(torch.equal(buffers[1][name], tensor) for name, tensor in buffers[0].items())
+
+
+def test_rotated_rows_are_those_of_quantizing_on_load_for_int8_activations(model, tmp_path):
+    out = quantize(model, tmp_path / "out", rotation=LARGEST_BLOCK)
+    quantization = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert quantization == {"quant_method": "rowint8", "activations": "int8", "rotation_block": 256}
+    online = Engine(EngineConfig(str(model), quantization="rowint8", activations="int8", device="cpu"))
+    for given in ({}, {"activations": "int8"}):
+        stored = Engine(EngineConfig(str(out), device="cpu", **given))
+        buffers = dict(stored.model.named_buffers())
+        assert all(torch.equal(buffers[name], tensor) for name, tensor in online.model.named_buffers())
+        assert stored.model.layers[0].mlp.gate_up.block == online.model.layers[0].mlp.gate_up.block > 1
+
+
+def test_a_stored_block_smaller_than_the_largest_is_that_of_the_engine(model, tmp_path):
+    engine = Engine(EngineConfig(str(quantize(model, tmp_path / "out", rotation=16)), device="cpu"))
+    assert engine.model.layers[0].mlp.gate_up.block == 16
 
 
 def test_the_small_engine_refuses_what_it_cannot_run(model, tmp_path):
@@ -284,6 +303,12 @@ def test_the_command(model, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "13 linear layers in INT8" in done.stdout
     assert tensors_of(out)[f"{DOWN}.weight"].dtype == torch.float32
+    rotated = [*command[:3], str(tmp_path / "rotated"), "--activations", "int8"]
+    bad = subprocess.run([*rotated, "--format", "compressed-tensors"], capture_output=True, text=True, check=False)
+    assert (bad.returncode, bad.stderr.count("\n")) == (1, 1)
+    assert "--activations int8 rotates rows, which compressed-tensors does not know" in bad.stderr
+    subprocess.run(rotated, check=True, capture_output=True)
+    assert '"activations": "int8"' in (tmp_path / "rotated" / "config.json").read_text()
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 1
     assert again.stderr == f"rowint8: {out} exists already; remove it or give another folder\n"

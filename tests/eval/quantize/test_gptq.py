@@ -29,6 +29,7 @@ from rowint8.eval.quality.fidelity_setups import original, rounded_setup, stored
 from rowint8.eval.quantize import gptq as job
 from rowint8.eval.quantize.checkpoint import round_to_nearest, write_checkpoint
 from rowint8.eval.quantize.source import open_source
+from rowint8.kernels.activations import rotate
 from rowint8.kernels.quantize import dequantize, quantize_rowwise
 from tests.tiny_models import VOCABULARY, write_tiny
 
@@ -44,10 +45,11 @@ def tensors_of(folder):
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
-def write_gptq(folder, out, ignored=()):
+def write_gptq(folder, out, ignored=(), rotation=None):
     source = open_source(folder)
     layers = source.layers - set(ignored)
-    write_checkpoint(source, out, "rowint8", ignored, job.calibrate(source, layers, WINDOWS))
+    convert = job.calibrate(source, layers, WINDOWS, rotation=rotation)
+    write_checkpoint(source, out, "rowint8", ignored, convert, rotation=rotation)
     return out
 
 
@@ -133,6 +135,26 @@ def test_the_checkpoint_is_plain_rowint8_and_nearer_to_the_original(tmp_path, co
     kl = [model.score(s).kl for s in (stored_setup(tmp_path / "gptq"), rounded_setup(source, "rowint8"))]
     gain = kl[1] - kl[0]
     assert gain.mean() > 4 * gain.std() / len(gain) ** 0.5, "random tokens leave little to gain, but more than chance"
+
+
+def test_rotated_rows_are_rounded_for_rotated_inputs(tmp_path):
+    torch.manual_seed(0)
+    mix, weight = torch.randn(50, 192), torch.randn(48, 192)
+    seen, fresh = (torch.randn(4000, 50) @ mix + 0.1 * torch.randn(4000, 192) for _ in range(2))
+    by = job.compensation(job._rotate_hessian(seen.T @ seen, 64))
+    rounded, nearest = job.round_compensated(rotate(weight, 64), by), quantize_rowwise(weight, block=64)
+    assert torch.equal(rounded.scale, nearest.scale)
+    errors = [((rotate(dequantize(w), 64) - weight) @ fresh.T).norm() for w in (rounded, nearest)]
+    assert errors[0] < 0.6 * errors[1]
+
+
+def test_a_rotated_checkpoint_is_nearer_to_the_original(tmp_path):
+    folder = write_tiny(tmp_path / "model", LlamaConfig)
+    source = open_source(folder)
+    stored = stored_setup(write_gptq(folder, tmp_path / "gptq", rotation=256))
+    model = Fidelity(folder, original(source), random_windows(24, seed=2))
+    gain = model.score(rounded_setup(source, "rowint8-a8")).kl - model.score(stored).kl
+    assert gain.mean() > 2 * gain.std() / len(gain) ** 0.5
 
 
 def test_the_small_engine_holds_the_stored_integers(tmp_path):
