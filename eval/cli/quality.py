@@ -23,11 +23,18 @@ Backends = Annotated[
     str, typer.Option(help="What runs the model, with commas between; the others are compared with the first.")
 ]
 Tasks = Annotated[
-    str, typer.Option(help="lm-eval's names, with commas between. rowint8_basics, of this project, needs no data.")
+    str,
+    typer.Option(
+        help="lm-eval's names or paths of its YAML files, with commas between. rowint8_basics, of this project, needs "
+        "no data."
+    ),
 ]
 Data = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option(help="A folder with the tasks' test sets as JSON lines. Without it they come from the hub."),
+    typer.Option(
+        help="A folder with the official tasks' data as JSON lines, such as DIR/hellaswag/validation.jsonl. "
+        "Without it they come from the hub."
+    ),
 ]
 Limit = Annotated[Optional[int], typer.Option(min=2, help="Only this many questions of each task.")]  # noqa: UP045
 MaxLength = Annotated[int, typer.Option(min=16, help="Tokens the model sees at a time.")]
@@ -48,7 +55,8 @@ Checkpoints = Annotated[
     typer.Option(help="Also a checkpoint of `rowint8 quantize` made from the model. Repeat for more."),
 ]
 Ablate = Annotated[
-    bool, typer.Option("--ablate", help="Also rowint8 and rowint8-a8, if chosen, in one kind of layer at a time.")
+    bool,
+    typer.Option("--ablate", help="Also rowint8 and rowint8-a8, where chosen, in one kind of layer at a time."),
 ]
 Ranks = Annotated[
     int,

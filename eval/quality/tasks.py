@@ -1,4 +1,10 @@
-"""Which tasks `rowint8 quality` can run: the project's own, lm-eval's by their official names, and those from a folder.
+"""Which tasks `rowint8 quality` can run: the project's own, lm-eval's by their official names, and a user's own YAML.
+
+The data of an official task may come from a folder, by a rule: the split SPLIT of the task NAME is in one of
+
+    NAME/SPLIT.jsonl        gsm8k/test.jsonl; more words may stand beside the split, as in wikitext/wikitext2_test.jsonl
+    PART/REST.jsonl         NAME is PART_REST, and its evaluation split is all there is: blimp/causative.jsonl
+    PART/REST_SPLIT.jsonl   arc/arc_easy_test.jsonl
 
 From a folder only the data comes: prompts and metrics stay those of the official task, because an entry of a group
 inherits what it does not override (lm-eval 0.4.13).
@@ -6,6 +12,7 @@ inherits what it does not override (lm-eval 0.4.13).
 
 import difflib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +25,49 @@ TASK = "rowint8_basics"
 Task = str | dict[str, Any]
 """An official name, or what lm-eval takes in its place."""
 
-_NO_TRAINING: dict[str, Any] = {"training_split": None}
-_TEST_ONLY: dict[str, Any] = {"training_split": None, "validation_split": None}
-_FILES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
-    "wikitext": ({"test": "wikitext/wikitext2_test.jsonl"}, _TEST_ONLY),
-    "lambada_openai": ({"test": "lambada_openai/lambada_test.jsonl"}, {}),
-    "piqa": ({"validation": "piqa/validation.jsonl"}, _NO_TRAINING),
-    "arc_easy": ({"test": "arc/arc_easy_test.jsonl"}, _TEST_ONLY),
-    "gsm8k": ({"train": "gsm8k/train_first200.jsonl", "test": "gsm8k/test.jsonl"}, {}),
-}
-"""Official task to (split to its file in the folder, what else to override: the splits that are not there)."""
+_SPLITS = ("training_split", "validation_split", "test_split")
+"""An official task's fields that name its splits; the last one that it has is evaluated."""
 
 
 def resolve(names: Sequence[str], data: Path | None) -> list[Task]:
-    """What lm-eval's `simple_evaluate` takes for these tasks; `data` is the folder that holds their test sets, if any.
+    """What lm-eval's `simple_evaluate` takes for these tasks.
+
+    Args:
+        names: official ones, TASK, or paths of YAML files.
+        data: the folder that holds the test sets of the official ones, if any.
 
     Raises:
         EvalError: a name is unknown, or the folder has no file for it.
     """
     own: list[Task] = [project_task()] if TASK in names else []
-    others = list(dict.fromkeys(name for name in names if name != TASK))
+    own += [str(Path(name).resolve()) for name in names if _is_file(name)]
+    others = list(dict.fromkeys(name for name in names if name != TASK and not _is_file(name)))
+    if not others:
+        return own
+    manager = _manager()
+    _check_official(others, manager.all_tasks)
     if data is None:
-        _check_official(others)
         return [*own, *others]
-    local = local_tasks(data)
-    if unknown := [name for name in others if name not in local]:
-        accepted = ", ".join([TASK, *local])
-        raise EvalError(f"--tasks has {', '.join(unknown)}; with --data {data} accepted are {accepted}")
-    return [*own, {"group": "data", "task": [local[name] for name in others]}] if others else own
+    return [*own, {"group": "data", "task": [local_task(name, data, manager) for name in others]}]
+
+
+@cache
+def _manager() -> Any:
+    """lm-eval's index of official tasks, which takes seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _is_file(name: str) -> bool:
+    """Whether the name of a task is the path of a YAML file.
+
+    Raises:
+        EvalError: it looks like one, and there is none.
+    """
+    if name.endswith((".yaml", ".yml")) and not Path(name).is_file():
+        raise EvalError(f"--tasks has {name}, which is no file; give the path of a task's YAML, or an official name")
+    return name.endswith((".yaml", ".yml"))
 
 
 def project_task() -> dict[str, Any]:
@@ -61,32 +83,51 @@ def project_task() -> dict[str, Any]:
     return config
 
 
-def local_tasks(data: Path) -> dict[str, dict[str, Any]]:
-    """Official task to an entry of a group that reads it from files: every task all of whose files are in the folder.
+def local_task(name: str, data: Path, manager: Any) -> dict[str, Any]:
+    """An official task as an entry of a group that reads it from the folder; splits without a file are left out.
 
-    The folder is laid out as `_FILES` says; each file blimp/NAME.jsonl is the task blimp_NAME.
+    Raises:
+        EvalError: it is no single task, or its evaluation split has no file.
     """
-    blimp = sorted((data / "blimp").glob("*.jsonl"))
-    files = _FILES | {f"blimp_{path.stem}": ({"train": f"blimp/{path.name}"}, {}) for path in blimp}
-    tasks = {}
-    for name, (splits, overrides) in files.items():
-        paths = {split: (data / file).resolve() for split, file in splits.items()}
-        if all(path.is_file() for path in paths.values()):
-            source = {"data_files": {split: str(path) for split, path in paths.items()}}
-            read = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": source}
-            tasks[name] = {"task": name, **read, **overrides}
-    return tasks
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    if name not in manager.all_subtasks:
+        raise EvalError(f"--tasks has {name}, which is several tasks; with --data name each, such as blimp_causative")
+    config = load_yaml(manager.task_index[name].yaml_path, resolve_func=False)
+    splits = {field: config[field] for field in _SPLITS if config.get(field)}
+    evaluated = list(splits.values())[-1]
+    found = {split: _file_of(name, split, data, split == evaluated) for split in splits.values()}
+    if found[evaluated] is None:
+        wanted = data / name / f"{evaluated}.jsonl"
+        raise EvalError(f"--data {data} has no file for {name}; put its {evaluated} split there as {wanted}")
+    files = {split: str(path.resolve()) for split, path in found.items() if path}
+    absent = {field: None for field, split in splits.items() if split not in files}
+    return {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": files},
+        **absent,
+    }
 
 
-def _check_official(names: Sequence[str]) -> None:
-    if not names:
-        return
-    from lm_eval.tasks import TaskManager
+def _file_of(name: str, split: str, data: Path, evaluated: bool) -> Path | None:
+    """The file of a split, by the module's rule; the first of several."""
+    words = name.split("_")
+    for length in range(len(words), 0, -1):
+        rest = set(words[length:])
+        for path in sorted((data / "_".join(words[:length])).glob("*.jsonl")):
+            told = set(path.stem.split("_"))
+            if rest <= told and (split in told or (rest and evaluated and told == rest)):
+                return path
+    return None
 
-    known = TaskManager().all_tasks
+
+def _check_official(names: Sequence[str], known: Sequence[str]) -> None:
     if unknown := [name for name in names if name not in known]:
         close = difflib.get_close_matches(unknown[0], known)
         like = f"; {', '.join(close)} exist" if close else ""
         raise EvalError(
-            f"--tasks has {', '.join(unknown)}{like}; accepted are {TASK} and what `lm-eval ls tasks` lists"
+            f"--tasks has {', '.join(unknown)}{like}; accepted are {TASK}, what `lm-eval ls tasks` lists, and the path "
+            "of a YAML file"
         )

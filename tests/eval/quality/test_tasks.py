@@ -3,6 +3,7 @@
 import collections
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from rowint8.eval.errors import EvalError
 from rowint8.eval.quality.lm_eval_run import run
 from rowint8.eval.quality.paired import metric_value, standard_error
-from rowint8.eval.quality.tasks import TASK, TASK_FOLDER, local_tasks, project_task, resolve
+from rowint8.eval.quality.tasks import TASK, TASK_FOLDER, project_task, resolve
 
 QUESTIONS = [json.loads(line) for line in (TASK_FOLDER / f"{TASK}.jsonl").read_text().splitlines()]
 SUMS = [{"question": f"What is {n} plus 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(8)]
@@ -145,19 +146,68 @@ def test_official_tasks_read_local_files(data, elsewhere, tmp_path):
     assert prompt.count("Question:") == 6, "the official task shows five examples first"
 
 
-def test_a_folder_offers_only_what_it_holds(data):
-    assert sorted(local_tasks(data)) == sorted(NAMES)
-    (data / "gsm8k" / "test.jsonl").unlink()
-    assert "gsm8k" not in local_tasks(data)
-    with pytest.raises(
-        EvalError, match=rf"--tasks has gsm8k, mmlu; with --data .*data accepted are {TASK}, wikitext, "
-    ):
-        resolve(["piqa", "gsm8k", "mmlu"], data)
+def entries(names, data):
+    """Official task to its entry."""
+    (group,) = resolve(names, data)
+    return {entry["task"]: entry for entry in group["task"]}
+
+
+def files_of(entry):
+    """Split to its file."""
+    return {split: Path(path).name for split, path in entry["dataset_kwargs"]["data_files"].items()}
+
+
+def test_files_are_found_by_the_names_of_tasks_and_splits(data):
+    found = {name: files_of(entry) for name, entry in entries(NAMES, data).items()}
+    assert found == {
+        "wikitext": {"test": "wikitext2_test.jsonl"},
+        "lambada_openai": {"test": "lambada_test.jsonl"},
+        "piqa": {"validation": "validation.jsonl"},
+        "arc_easy": {"test": "arc_easy_test.jsonl"},
+        "gsm8k": {"train": "train_first200.jsonl", "test": "test.jsonl"},
+        "blimp_causative": {"train": "causative.jsonl"},
+    }
+
+
+def test_any_official_task_is_taken_whose_evaluation_split_is_there(data):
+    for folder in ("hellaswag", "winogrande"):
+        (data / folder).mkdir()
+        (data / folder / "validation.jsonl").write_text("{}\n")
+    found = entries(["hellaswag", "winogrande"], data)
+    assert [files_of(entry) for entry in found.values()] == [{"validation": "validation.jsonl"}] * 2
+    assert found["hellaswag"]["training_split"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("arc_challenge", "has no file for arc_challenge; put its test split there as .*data/arc_challenge/test.jsonl"),
+        ("blimp_wh_island", "put its train split there as .*data/blimp_wh_island/train.jsonl"),
+        ("blimp", "--tasks has blimp, which is several tasks; with --data name each"),
+        ("own.yaml", "--tasks has own.yaml, which is no file"),
+    ],
+)
+def test_a_task_that_the_folder_does_not_hold_is_told_where_to_lie(data, name, message):
+    with pytest.raises(EvalError, match=message):
+        resolve(["piqa", name], data)
+
+
+def test_a_users_own_task_is_read_from_its_file(elsewhere, tmp_path):
+    rows = tmp_path / "mine.jsonl"
+    rows.write_text('{"question": "2 + 2 =", "choices": [" 4", " 5"], "right": 0}\n' * 2)
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        f"task: mine\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {rows}}}}}\ntest_split: test\n"
+        'output_type: multiple_choice\ndoc_to_text: "{{question}}"\ndoc_to_choice: choices\ndoc_to_target: right\n'
+        "metric_list: [{metric: acc}]\n"
+    )
+    found = run(oracle({" 4"}, 1.0), None, resolve([str(own)], None), limit=None)["tasks"]
+    assert found["mine"]["metrics"]["acc"]["value"] == 1.0
 
 
 def test_unknown_official_task_is_named_with_its_like(monkeypatch):
     index = SimpleNamespace(all_tasks=["lambada_openai", "lambada_standard", "piqa"])
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda: index)
+    monkeypatch.setattr("rowint8.eval.quality.tasks._manager", lambda: index)
     with pytest.raises(
         EvalError, match=r"--tasks has lambada_opena; lambada_openai.* exist; accepted are rowint8_basics"
     ):
