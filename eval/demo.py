@@ -99,7 +99,7 @@ def generation_table(rows: Sequence[GenerationRow]) -> Table:
     """The rows as a table. Speedup is in wall time per output token, over the first row."""
     first = rows[0]
     return Table(
-        ["setup", "TTFT ms", "ITL ms", "TPOT ms", "tok/s", "peak MiB", "weight bytes", "speedup"],
+        ["setup", "TTFT ms", "ITL ms", "TPOT ms", "tok/s", "peak MiB", "weights MiB", "speedup"],
         [_cells(row, first) for row in rows],
         title=f"baseline-generate: {first.prompt_tokens} prompt tokens, up to {MAX_TOKENS} output tokens",
         note=f"speedup: over {first.setup}, wall time per output token",
@@ -108,7 +108,7 @@ def generation_table(rows: Sequence[GenerationRow]) -> Table:
 
 def _cells(row: GenerationRow, first: GenerationRow) -> list[str]:
     gaps = ["-" if gap is None else f"{gap:.1f}" for gap in (row.itl_ms, row.tpot_ms)]
-    memory = [f"{row.peak_mem_gib * 1024:.0f}", f"{round(row.weights_gib * GIB):,}"]
+    memory = [f"{gib * 1024:.0f}" for gib in (row.peak_mem_gib, row.weights_gib)]
     return [row.setup, f"{row.ttft_ms:.1f}", *gaps, f"{row.tok_s:.1f}", *memory, f"{row.tok_s / first.tok_s:.2f}x"]
 
 

@@ -116,7 +116,7 @@ def generate(
         if as_json:
             print(_to_json(completions, engine.metrics))
         else:
-            _print_table(engine.metrics, engine.attention_name)
+            _print_table(engine.metrics, completions)
         _report_failures(completions)
 
 
@@ -194,7 +194,10 @@ def _report_failures(completions: "Sequence[Completion]") -> None:
         _fail(f"error: prompt {number}: {error} ({len(failed)} of {len(completions)} prompts failed)", code=1)
 
 
-def _print_table(metrics: "RunMetrics", attention: str) -> None:
+def _print_table(metrics: "RunMetrics", completions: "Sequence[Completion]") -> None:
+    """With why each prompt's text ended: "length" is --max-tokens, "stop" a stop text or an end-of-text token."""
+    from collections import Counter
+
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -210,7 +213,9 @@ def _print_table(metrics: "RunMetrics", attention: str) -> None:
         "load s": _number(metrics.load_seconds),
         "compile s": _number(metrics.compile_seconds),
     }
-    caption = f"attention: {attention}; the KV cache blocks in use were {metrics.steps.kv_waste:.1%} empty"
+    reasons = Counter(completion.finish_reason for completion in completions)
+    told = [f'"{reason}"' + (f" ({count} prompts)" if len(reasons) > 1 else "") for reason, count in reasons.items()]
+    caption = f"ended by {', '.join(told)}"
     table = Table(*cells, caption=caption, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_row(*cells.values())
     Console(stderr=True).print(table)

@@ -11,10 +11,11 @@ from rowint8.eval.cli.output import say
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of result files.")] = Path("results"),
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Also draw the plots, as SVG.")] = True,
+    mixed: Annotated[bool, typer.Option("--mixed", help="Also of files that different code has measured.")] = False,
 ) -> None:
     """Write REPORT.md and plots from result files, and the generated parts of the documents beside them.
 
-    Nothing is measured; what has no result is printed as TBD. Values that cannot be true stop the report.
+    Nothing is measured. Values that cannot be true stop the report, and so do files of different code.
 
     Example: rowint8 report results
     """
@@ -23,6 +24,8 @@ def report(
     from rowint8.eval.writing import write_file
 
     found = job.read_folder(folder)
+    if not mixed:
+        job.refuse_mixed(found)
     texts = job.documents(folder, found)
     drawn = {folder / name: draw for name, draw in pictures(found).items()} if plots else {}
     for path, draw in drawn.items():

@@ -1,6 +1,6 @@
 """results/*.json as Markdown: REPORT.md, and the generated parts of other documents. Measures nothing.
 
-What is not measured is printed as TBD. New files of a known kind need no change here.
+A part of a document whose file is missing is TBD. New files of a known kind need no change here.
 """
 
 import os
@@ -19,7 +19,7 @@ from rowint8.eval.report.kernels import compiler_table, kernel_section, limits, 
 from rowint8.eval.report.memory import memory_section
 from rowint8.eval.report.profile import parts_part, profile_section
 from rowint8.eval.report.quality import agreement_cells, fidelity_line, fidelity_table, quality_summary, quality_table
-from rowint8.eval.report.serve import COLUMNS, serve_table
+from rowint8.eval.report.serve import serve_table
 from rowint8.eval.report.vllm import vllm_part
 from rowint8.eval.results.files import Results, read_results
 from rowint8.eval.results.schema import (
@@ -35,7 +35,6 @@ from rowint8.eval.results.schema import (
     QualityRow,
     ServeRow,
 )
-from rowint8.eval.tables import Table
 
 Found = Mapping[str, Results]
 """Result files by their names without ".json"."""
@@ -46,16 +45,6 @@ _SPREADS = {"ttft_ms": "TTFT", "tok_s": "tok/s"}
 _LLAMA_FILES = ("engine-h200", "vllm-h200", "engine-h100", "vllm-h100")
 """Files of models with Llama-3.1-8B's shape."""
 _DOCUMENTS = ("README.md", "POSTMORTEM.md", "docs/engine.md", "docs/vllm.md")
-OURS = ("baseline bf16", "baseline int8", "baseline int8-fused")
-_PRODUCTION = ("vllm bf16", "vllm rowint8")
-_CAPSTONE = {
-    "engine-h100": OURS + _PRODUCTION,
-    "engine-cpu": OURS,
-    "vllm-h100": _PRODUCTION,
-    "demo-h100": OURS,
-    "demo-cpu": OURS,
-}
-"""File to the setups that it should have."""
 
 
 def read_folder(folder: Path) -> dict[str, Results]:
@@ -97,7 +86,7 @@ def parts(found: Found) -> dict[str, str]:
         "kernels": f"{short_table(kernels)}\n{tallies(_of_kind(found, KernelRow))}",
         "quality": _section(found, "quality-smollm2", quality_summary),
         "quality-h100": _section(found, "quality-h100", quality_summary),
-        "agreement": _agreement(found),
+        "agreement": _agreement(found) or TBD,
         "limits": limits(kernels),
         "compiler": compiler_table(found.get("kernels-compile-h100")),
         "gaps": _gaps(found),
@@ -111,60 +100,73 @@ def parts(found: Found) -> dict[str, str]:
     }
 
 
+def refuse_mixed(found: Found) -> None:
+    """Raises EvalError where not all files were measured by the same code."""
+    files: dict[str, list[str]] = {}
+    for stem, results in found.items():
+        env = results.environment
+        code = f"code {env.code}" if env.code else f"commit {(env.git_commit or 'unknown')[:12]}"
+        files.setdefault(code, []).append(stem)
+    if len(files) > 1:
+        told = "; ".join(f"{code}: {', '.join(stems)}" for code, stems in files.items())
+        raise EvalError(
+            f"the files are of different code ({told}); measure the older ones again (`rowint8 matrix`), move them "
+            "away, or give --mixed to show them all the same"
+        )
+
+
 def report(found: Found) -> str:
-    """REPORT.md."""
-    kernels = _of_kind(found, KernelRow)
+    """REPORT.md: a section for each kind of row that the files have."""
     sections = {
         "Whole engines": _engines(found),
         "Prompt processing and token generation": _pp_tg(found),
         "Serving under load": _serving(found),
-        "Where a decode step's time goes": _chapters(found, ProfileRow, profile_section, "profile-h100"),
-        "Kernels": "\n".join([tallies(kernels), _chapters(found, KernelRow, kernel_section, "kernels-h100")]),
-        "Layers without attention": _chapters(found, ChainRow, chain_section, "chain-h200"),
+        "Where a decode step's time goes": _chapters(found, ProfileRow, profile_section),
+        "Kernels": _kernels(found),
+        "Layers without attention": _chapters(found, ChainRow, chain_section),
         "Memory": memory_section(read_ceilings(found)),
         "Quality": _quality(found),
         "Agreement of the two engines": _agreement(found),
-        "Plots": "\n".join(f"![{name}]({name})" for name in pictures(found)) or TBD,
+        "Plots": "\n".join(f"![{name}]({name})" for name in pictures(found)),
         "Reproduction": _reproduction(found),
     }
-    head = "# Report\n\nWritten by `rowint8 report` from the files in this folder; do not edit. TBD: not measured yet. "
+    head = "# Report\n\nWritten by `rowint8 report` from the files in this folder; do not edit. "
     head += "What the columns mean is defined in [metrics.py](../baseline_engine/metrics.py).\n"
-    return head + "".join(f"\n## {title}\n\n{text.strip()}\n" for title, text in sections.items())
+    return head + "".join(f"\n## {title}\n\n{text.strip()}\n" for title, text in sections.items() if text.strip())
 
 
 def _of_kind(found: Found, kind: type) -> dict[str, Results]:
     return {stem: results for stem, results in found.items() if isinstance(results.rows[0], kind)}
 
 
-def _chapters(found: Found, kind: type, section: Section, expected: str) -> str:
-    """A chapter for every file with such rows, and for the expected one in any case."""
-    stems = dict.fromkeys([expected, *_of_kind(found, kind)])
-    return "\n".join(f"### {stem}\n\n{_section(found, stem, section)}\n" for stem in stems)
+def _chapters(found: Found, kind: type, section: Section) -> str:
+    """A chapter for every file with such rows."""
+    return "\n".join(f"### {stem}\n\n{section(each)}\n" for stem, each in _of_kind(found, kind).items())
 
 
 def _section(found: Found, stem: str, section: Section) -> str:
     return section(found[stem]) if stem in found else TBD
 
 
+def _kernels(found: Found) -> str:
+    kernels = _of_kind(found, KernelRow)
+    return f"{tallies(kernels)}\n{_chapters(found, KernelRow, kernel_section)}" if kernels else ""
+
+
 def _engines(found: Found) -> str:
-    files = {stem: found.get(stem) for stem in _CAPSTONE} | _of_kind(found, Generation)
-    chapters = [f"### {stem}\n\n{engine_chapter(found, _CAPSTONE.get(stem, ()))}\n" for stem, found in files.items()]
     note = "baseline: the small engine of this repository; x: tok/s over the first line's of the same batch and tokens."
-    return "\n".join([note, "", *chapters])
+    chapters = _chapters(found, Generation, engine_chapter)
+    return f"{note}\n\n{chapters}" if chapters else ""
 
 
-def engine_chapter(results: Results[Generation] | None, wanted: Sequence[str]) -> str:
-    """Where, by what, and a line a row; the wanted setups that are missing, such as OURS, are lines of TBD."""
-    rows = results.rows if results else ()
-    present = {_role(row) for row in rows}
+def engine_chapter(results: Results[Generation]) -> str:
+    """Where, by what, and a line a row."""
+    rows = results.rows
     tasks = list(dict.fromkeys(row.size for row in rows))
     firsts = {row.size: row for row in reversed(rows)}
-    ordered = sorted(rows, key=lambda row: tasks.index(row.size))
-    lines = [_engine_cells(row, firsts[row.size]) for row in ordered]
-    lines += [[role, *[TBD] * 7] for role in wanted if role not in present]
+    lines = [_engine_cells(row, firsts[row.size]) for row in sorted(rows, key=lambda row: tasks.index(row.size))]
     heading = ["setup", "batch", "prompt tokens", "output tokens", "TTFT ms", "tok/s", "peak memory GiB", "notes"]
-    source = f"{results.environment.device}, `{results.command}`\n\n" if results else ""
-    return source + table(heading, lines)
+    return f"{results.environment.device}, `{results.command}`\n\n{table(heading, lines)}"
 
 
 def _role(row: Generation) -> str:
@@ -196,7 +198,7 @@ def _pp_tg(found: Found) -> str:
             if row.tpot_ms:
                 lines.append([*setup, f"tg{row.output_tokens}", f"{row.batch * 1000 / row.tpot_ms:.1f}"])
     note = "\npp: prompt tokens a second until the first token; tg: batch / TPOT, the prompts left out.\n"
-    return table(["file", "setup", "weights GiB", "batch", "test", "t/s"], lines or [[TBD] * 6]) + note
+    return table(["file", "setup", "weights GiB", "batch", "test", "t/s"], lines) + note if lines else ""
 
 
 def _prompts_s(row: Generation) -> float:
@@ -205,20 +207,19 @@ def _prompts_s(row: Generation) -> float:
 
 def _serving(found: Found) -> str:
     rows = [(stem, row) for stem, results in _of_kind(found, ServeRow).items() for row in results.rows]
-    missing = Table(COLUMNS, [["serve-h100", *[TBD] * (len(COLUMNS) - 1)]])
-    return (serve_table(rows) if rows else missing).markdown()
+    return serve_table(rows).markdown() if rows else ""
 
 
 def _quality(found: Found) -> str:
-    lm_eval = _chapters(found, QualityRow, lambda results: quality_table(results.rows).markdown(), "quality-smollm2")
-    kl = _chapters(found, FidelityRow, lambda results: fidelity_table(results.rows).markdown(), "fidelity-smollm2")
+    lm_eval = _chapters(found, QualityRow, lambda results: quality_table(results.rows).markdown())
+    kl = _chapters(found, FidelityRow, lambda results: fidelity_table(results.rows).markdown())
     return f"{lm_eval}\n{kl}"
 
 
 def _agreement(found: Found) -> str:
     lines = [agreement_cells(stem, results) for stem, results in _of_kind(found, AgreementRow).items()]
     headings = ["file", "greedy tokens, rowint8", "on", "prompts that agree", "gaps where they part, nats"]
-    return table(headings, lines) if lines else TBD
+    return table(headings, lines) if lines else ""
 
 
 def _gaps(found: Found) -> str:

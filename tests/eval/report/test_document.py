@@ -12,7 +12,7 @@ from rowint8.eval.markdown import fill, table
 from rowint8.eval.models import weight_bytes
 from rowint8.eval.plots import pictures
 from rowint8.eval.processes import console_script
-from rowint8.eval.report.document import documents, parts, read_folder, report
+from rowint8.eval.report.document import documents, parts, read_folder, refuse_mixed, report
 from rowint8.eval.report.kernels import compiler_table, lost_cells, tallies
 from rowint8.eval.results.environment import describe_environment
 from rowint8.eval.results.files import Results, read_results, write_results
@@ -123,19 +123,33 @@ def test_committed_document_is_what_the_results_give(name):
     assert (ROOT / name).read_text(encoding="utf-8") == wanted, "run `rowint8 report` and commit what it writes"
 
 
-def test_what_is_not_measured_is_tbd(tmp_path):
+def test_what_is_not_measured_has_no_section_and_its_parts_are_tbd(tmp_path):
     write(tmp_path, "agreement-cpu", AGREEMENT)
     found = read_folder(tmp_path)
     text = report(found)
-    engines = section(text, "## Whole engines")
-    for role in ("baseline bf16", "baseline int8", "baseline int8-fused", "vllm bf16", "vllm rowint8"):
-        assert cells(section(engines, "### engine-h100"), role) == [role, *["TBD"] * 7]
-    assert cells(section(text, "## Serving under load"), "serve-h100") == ["serve-h100", *["TBD"] * 10]
-    assert section(text, "### kernels-h100").strip() == "TBD"
-    assert section(text, "### fidelity-smollm2").strip() == "TBD"
-    assert section(text, "## Plots").strip() == "TBD"
+    titles = [line for line in text.splitlines() if line.startswith("## ")]
+    assert titles == ["## Memory", "## Agreement of the two engines", "## Reproduction"]
+    assert text.count("TBD") == 10, "the least time of a token, for which a card must be measured"
     assert parts(found)["kernels"].count("TBD") >= 9 * 8
     assert all("TBD" in parts(found)[name] for name in ("quality", "fidelity", "limits", "compiler", "gaps", "vllm"))
+
+
+def test_files_of_different_code_are_refused_and_named(tmp_path):
+    write(tmp_path, "agreement-cpu", AGREEMENT)
+    write(tmp_path, "serve-h200", SERVE)
+    refuse_mixed(read_folder(tmp_path))
+    content = json.loads((tmp_path / "serve-h200.json").read_text())
+    content["environment"] |= {"git_commit": "a commit that differs in words"}
+    (tmp_path / "serve-h200.json").write_text(json.dumps(content))
+    refuse_mixed(read_folder(tmp_path))
+    del content["environment"]["code"]
+    (tmp_path / "serve-h200.json").write_text(json.dumps(content))
+    done = rowint8("report", tmp_path)
+    assert done.returncode == 1
+    assert f"code {ENVIRONMENT.code}: agreement-cpu; commit a commit tha: serve-h200" in done.stderr
+    assert "or give --mixed" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert rowint8("report", "--mixed", tmp_path).returncode == 0
 
 
 def test_new_files_are_picked_up_by_the_keys_of_their_rows(tmp_path):
@@ -153,12 +167,10 @@ def test_new_files_are_picked_up_by_the_keys_of_their_rows(tmp_path):
     assert cells(engine, "baseline int8-fused")[7].endswith(
         "2.00x, host 0.25 ms a step, KV waste 3.1%, flash3 attention, spread of tok/s 1%"
     )
-    assert cells(engine, "vllm bf16")[1:] == ["TBD"] * 7
-    assert "baseline bf16 |" not in engine
     pp = section(text, "## Prompt processing and token generation")
     assert cells(pp, "engine-h100", "baseline int8-fused", "8.460", "1", "pp128")[-1] == "6400.0"
     assert cells(pp, "engine-h100", "baseline int8-fused", "8.460", "1", "tg101")[-1] == "200.0"
-    assert cells(text, "serve-h100")[1:9] == ["4", "vllm rowint8", "512", "128", "31.5", "62.5", "5.5", "6.5"]
+    assert cells(text, "serve-h100")[1:10] == ["4", "vllm rowint8", "512", "128", "1", "31.5", "-", "62.5", "5.5"]
     assert cells(section(text, "### fidelity-smollm2"), "rowint8")[5:] == ["0.0123", "0.01", "0.1", "0.5", "97.50%"]
     assert cells(section(text, "### quality-smollm2"), "t", "acc")[5] == "0.5000 ± 0.1000"
     assert "\n| t (9) | acc | 0.5000 |" in parts(found)["quality"]
