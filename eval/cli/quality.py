@@ -7,7 +7,7 @@ import typer
 
 from rowint8.baseline_engine.files import read_json
 from rowint8.baseline_engine.progress import progress_bar
-from rowint8.eval.cli.output import Json, Kept, answer, err, out, write
+from rowint8.eval.cli.output import Append, Json, Kept, answer, err, out, write
 from rowint8.eval.cli.quantize import TrustRemoteCode
 from rowint8.eval.demo_model import DEFAULT_FOLDER
 from rowint8.eval.errors import EvalError
@@ -114,6 +114,7 @@ def fidelity(
     window: Annotated[int, typer.Option(min=2, help="Tokens the model sees at a time.")] = 1024,
     windows: Annotated[int, typer.Option(min=1, help="Windows taken from the start of the text.")] = 10,
     json_file: Json = None,
+    append: Append = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure how far rounded weights move the model: KL, same likeliest token and perplexity on a text.
@@ -125,6 +126,7 @@ def fidelity(
     from rowint8.eval.quantize.source import open_source
     from rowint8.eval.quantize.text import read_text, token_windows
     from rowint8.eval.report.quality import fidelity_table
+    from rowint8.eval.results.schema import FidelityRow
 
     source = open_source(existing_model(model), trust_remote_code)
     chosen = fidelity_setups.choose(quantization)
@@ -133,12 +135,13 @@ def fidelity(
     for name in fidelity_setups.ABLATED if ablate else ():
         setups += fidelity_setups.ablation_setups(source, name) if name in chosen else []
     tokens = token_windows(model, read_text(text), window, windows, trust_remote_code)
-    with progress_bar("weights", len(setups) + 1, show=True) as advance:
+    shown = progress_bar("weights", len(setups) + 1, show=True)
+    with Kept(json_file, FidelityRow, append) as kept, shown as advance:
         measured = job.Fidelity(model, fidelity_setups.original(source), tokens, trust_remote_code)
         advance()
-        rows = list(job.measure(measured, setups, text.name, advance))
-    out.print(fidelity_table(rows))
-    write(json_file, rows)
+        for row in job.measure(measured, setups, text.name, advance):
+            kept.add([row])
+    out.print(fidelity_table(kept.rows))
 
 
 def agreement(
