@@ -15,6 +15,7 @@ Read it in this order; a request passes through the files the same way (docs/eng
     graphs        steps as CUDA graphs: of decoding, and with prompts
     model         the decoder: embedding, layers, norm, logits
     layers        linear layers (plain and INT8), norms, rotary positions, SwiGLU
+    experts       a mixture of experts in place of the SwiGLU
     attention     which library computes attention over the paged cache, and how it is asked
     kv_cache      the memory behind the blocks
     sampler       logits to the next token

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from annotated_types import Ge, Gt, Interval
+from annotated_types import Ge, Gt, Interval, MaxLen
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rowint8.baseline_engine.errors import describe, one_line, shown
@@ -40,6 +40,21 @@ class StoredInt8:
 
     rotation: int | None
     """Where the rows are rotated, for INT8 activations: the largest block of columns that are rotated together."""
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """The experts in place of the MLP; see `experts`."""
+
+    count: int
+    topk: int
+    """How many a token goes through."""
+    intermediate_size: int
+    normalized: bool
+    """Whether the shares of a token's experts are made to add up to 1."""
+    block: str
+    """What the mixture is called in the checkpoint, and `parts` its gate, up and down layers."""
+    parts: tuple[str, str, str]
 
 
 class NotRunnable(ValueError):
@@ -166,6 +181,10 @@ class ConfigFile(_File):
     def eos_ids(self) -> list[int]:
         return _as_list(self.eos_token_id)
 
+    def experts(self) -> ExpertsConfig | None:
+        """What stands in place of the MLP, in all layers."""
+        return None
+
     def stored_int8(self) -> StoredInt8 | None:
         """The INT8 weights, if they are; refused unless `rowint8 quantize` wrote every linear layer in INT8."""
         if not self.quantization_config:
@@ -247,11 +266,51 @@ class _Qwen3(_Qwen2):
         return self.attention_bias, self.attention_bias
 
 
+class _Qwen3Moe(_Qwen3):
+    model_type: Literal["qwen3_moe"] | None = None
+    num_key_value_heads: _Size | None = 4
+    num_experts: _Size = Field(default=128, validation_alias=AliasChoices("num_experts", "num_local_experts"))
+    num_experts_per_tok: _Size = 8
+    moe_intermediate_size: _Size = 768
+    norm_topk_prob: bool = False
+    decoder_sparse_step: Literal[1] = 1
+    mlp_only_layers: Annotated[list[int], MaxLen(0)] | None = None
+
+    def experts(self) -> ExpertsConfig:
+        sizes = self.num_experts, self.num_experts_per_tok, self.moe_intermediate_size
+        return _some(ExpertsConfig(*sizes, self.norm_topk_prob, "mlp", ("gate_proj", "up_proj", "down_proj")))
+
+
+class _Mixtral(ConfigFile):
+    model_type: Literal["mixtral"] | None = None
+    num_key_value_heads: _Size | None = 8
+    max_position_embeddings: _Context = 2**17
+    rms_norm_eps: Annotated[float, Interval(ge=0, le=1)] = 1e-5
+    eos_token_id: _Ids = 2
+    sliding_window: None = None
+    attention_bias: Literal[False] = False
+    mlp_bias: Literal[False] = False
+    num_local_experts: _Size = 8
+    num_experts_per_tok: _Size = 2
+
+    def experts(self) -> ExpertsConfig:
+        sizes = self.num_local_experts, self.num_experts_per_tok, self.intermediate_size
+        return _some(ExpertsConfig(*sizes, True, "block_sparse_moe", ("w1", "w3", "w2")))
+
+
+def _some(experts: ExpertsConfig) -> ExpertsConfig:
+    if experts.topk > experts.count:
+        raise NotRunnable(f"num_experts_per_tok is {experts.topk}, but there are {experts.count} experts")
+    return experts
+
+
 FAMILIES: dict[str, type[ConfigFile]] = {
     "LlamaForCausalLM": _Llama,
     "MistralForCausalLM": _Mistral,
     "Qwen2ForCausalLM": _Qwen2,
     "Qwen3ForCausalLM": _Qwen3,
+    "Qwen3MoeForCausalLM": _Qwen3Moe,
+    "MixtralForCausalLM": _Mixtral,
 }
 """Architectures that the engine runs."""
 

@@ -297,8 +297,8 @@ class SwiGlu(nn.Module):
         self.down = weight_format.linear(self.intermediate_size, self.hidden_size, config.mlp_bias)
 
     def places(self, prefix: str) -> dict[str, Place]:
-        gate_up = {f"{prefix}.gate_proj": self.intermediate_size, f"{prefix}.up_proj": self.intermediate_size}
-        return self.gate_up.places(gate_up) | self.down.places({f"{prefix}.down_proj": self.hidden_size})
+        gate_up = {f"{prefix}.mlp.{part}_proj": self.intermediate_size for part in ("gate", "up")}
+        return self.gate_up.places(gate_up) | self.down.places({f"{prefix}.mlp.down_proj": self.hidden_size})
 
     def forward(self, x: Tensor | Int8Tokens) -> Tensor:
         if self.fused and isinstance(self.gate_up, Int8Linear):

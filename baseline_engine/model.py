@@ -6,6 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from rowint8.baseline_engine.experts import MixtureOfExperts
 from rowint8.baseline_engine.kv_cache import KvCache
 from rowint8.baseline_engine.layers import (
     Attention,
@@ -34,15 +35,16 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.input_norm = RmsNorm(config.hidden_size, config.rms_norm_eps, weight_format, hands_out_int8=True)
         self.attention = Attention(config, weight_format)
-        self.post_norm = RmsNorm(config.hidden_size, config.rms_norm_eps, weight_format, hands_out_int8=True)
-        self.mlp = SwiGlu(config, weight_format)
+        experts, size, eps = config.experts, config.hidden_size, config.rms_norm_eps
+        self.post_norm = RmsNorm(size, eps, weight_format, hands_out_int8=experts is None)
+        self.mlp = MixtureOfExperts(experts, size, weight_format) if experts else SwiGlu(config, weight_format)
 
     def places(self, prefix: str) -> dict[str, Place]:
         return (
             self.input_norm.places(f"{prefix}.input_layernorm")
             | self.attention.places(f"{prefix}.self_attn")
             | self.post_norm.places(f"{prefix}.post_attention_layernorm")
-            | self.mlp.places(f"{prefix}.mlp")
+            | self.mlp.places(prefix)
         )
 
     def before_attention(

@@ -7,6 +7,7 @@ import torch
 
 from rowint8.baseline_engine.config_file import (
     ConfigFile,
+    ExpertsConfig,
     NotRunnable,
     RopeScaling,
     StoredInt8,
@@ -44,6 +45,8 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype
     """The dtype that the checkpoint names (fp32 when it names none)."""
+    experts: ExpertsConfig | None = None
+    """In place of the MLP, which `intermediate_size` and `mlp_bias` describe."""
     stored_int8: StoredInt8 | None = None
     """The checkpoint's linear weights, where they are INT8 already (`rowint8 quantize`)."""
 
@@ -83,5 +86,6 @@ class ModelConfig:
             tie_word_embeddings=file.tie_word_embeddings,
             eos_token_ids=tuple(sorted({*file.eos_ids(), *more_eos_ids})),
             dtype=DTYPES[file.dtype or "float32"],
+            experts=file.experts(),
             stored_int8=file.stored_int8(),
         )

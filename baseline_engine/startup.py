@@ -73,8 +73,13 @@ def weight_format(config: EngineConfig, model: ModelConfig, device: torch.device
     if config.fused and model.mlp_bias:
         raise EngineError("this model's MLP has a bias, which the fused SwiGLU has not; give --no-fused")
     fused = int8 and not model.mlp_bias if config.fused is None else config.fused
-    rotation = _rotation(config, model, device)
-    return WeightFormat(config.torch_dtype(model), device, int8, fused, config.int8_lm_head, rotation)
+    rotation, dtype = _rotation(config, model, device), config.torch_dtype(model)
+    if model.experts and not int8 and dtype != torch.bfloat16 and config.mode_on(device) != "eager":
+        raise EngineError(
+            f"torch compiles grouped products of bfloat16 alone, and these experts are {dtype}; give dtype bfloat16, "
+            "quantization rowint8 or mode eager"
+        )
+    return WeightFormat(dtype, device, int8, fused, config.int8_lm_head, rotation)
 
 
 def _rotation(config: EngineConfig, model: ModelConfig, device: torch.device) -> int | None:
@@ -150,6 +155,7 @@ def _warm_up(model: Decoder, config: EngineConfig) -> float:
     if weights.device.type == "cpu":
         library()
         return perf_counter() - start
+    from rowint8.kernels.experts.warmup import warmup as warmup_experts
     from rowint8.kernels.warmup import warmup
 
     needed = [(list(_calls(model)), config.max_batch_tokens)]
@@ -158,6 +164,9 @@ def _warm_up(model: Decoder, config: EngineConfig) -> float:
     try:
         for calls, most in needed:
             warmup(calls, weights.dtype, weights.device, most)
+        if model.config.experts:
+            experts: Any = model.layers[0].mlp
+            warmup_experts(experts.int8_weights(), model.config.experts.topk, weights.dtype, config.max_batch_tokens)
     except ValueError as error:  # a damaged file of tiles, or a card that no kernel is for
         raise EngineError(str(error)) from error
     return perf_counter() - start
@@ -168,9 +177,11 @@ def _calls(model: Decoder) -> "Iterator[WeightShape]":
     from rowint8.kernels.warmup import WeightShape
 
     layer: Any = model.layers[0]
-    for part in (layer.attention.qkv, layer.attention.o, layer.mlp.down):
+    for part in (layer.attention.qkv, layer.attention.o):
         yield from _product_calls(part, "linear")
-    yield from _product_calls(layer.mlp.gate_up, "swiglu" if layer.mlp.fused else "linear")
+    if model.config.experts is None:
+        yield from _product_calls(layer.mlp.down, "linear")
+        yield from _product_calls(layer.mlp.gate_up, "swiglu" if layer.mlp.fused else "linear")
     for norm in (layer.post_norm, model.norm):
         if norm.fused:
             size = model.config.hidden_size

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
+from transformers import Qwen3MoeConfig
 
 from rowint8.baseline_engine.config import MAX_LOGPROBS, SamplingParams
 from rowint8.baseline_engine.engine import Engine
+from rowint8.baseline_engine.errors import EngineError
 from rowint8.baseline_engine.layers import RmsNorm, WeightFormat
 from rowint8.baseline_engine.request import Completion
 from rowint8.eval.engines.probe import Compilations
@@ -32,6 +34,17 @@ def test_compiled_equals_eager_and_compiles_nothing_once_it_has_started(folder, 
         assert tokens_of(engine, prompts, SamplingParams(max_tokens=12)) == expected
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     assert_all_memory_returned(engine)
+
+
+@pytest.mark.parametrize(("quantization", "dtype"), [("none", "bfloat16"), ("rowint8", "float32")])
+def test_experts_compile_too(tmp_path, quantization, dtype):
+    shape = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    folder = write_tiny(tmp_path, Qwen3MoeConfig, **shape)
+    form = dict(quantization=quantization, dtype=dtype)
+    expected = tokens_of(engine_for(folder, **form), PROMPTS, SamplingParams(max_tokens=1))
+    assert tokens_of(engine_for(folder, **form, mode="compile"), PROMPTS, SamplingParams(max_tokens=1)) == expected
+    with pytest.raises(EngineError, match="torch compiles grouped products of bfloat16 alone"):
+        engine_for(folder, mode="compile")
 
 
 def test_a_compiled_sum_is_no_part_of_the_product_before_it():

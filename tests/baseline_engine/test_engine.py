@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from rowint8.baseline_engine.config import SamplingParams
 from rowint8.baseline_engine.errors import EngineError
+from rowint8.eval.quantize.checkpoint import round_to_nearest, write_checkpoint
+from rowint8.eval.quantize.source import open_source
+from rowint8.kernels.quantize import dequantize, quantize_rowwise
 from tests.baseline_engine.harness import (
     engine_for,
     greedy_of_transformers,
@@ -37,6 +40,7 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 ONE_KV_HEAD = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False, "num_key_value_heads": 1}
+QWEN3_MOE = {"head_dim": 24, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 VARIANTS = {
     "Llama": (LlamaConfig, {}),
     "Llama with bias, untied, one kv head": (LlamaConfig, ONE_KV_HEAD),
@@ -48,6 +52,9 @@ VARIANTS = {
     "Qwen2": (Qwen2Config, {}),
     "Qwen2, window 8": (Qwen2Config, {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
     "Qwen3": (Qwen3Config, {"head_dim": 24}),
+    "Qwen3-MoE": (Qwen3MoeConfig, QWEN3_MOE),
+    "Qwen3-MoE, shares that add up to 1": (Qwen3MoeConfig, QWEN3_MOE | {"norm_topk_prob": True}),
+    "Mixtral": (MixtralConfig, {"num_local_experts": 4}),
     "Qwen3 with bias, untied": (Qwen3Config, {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": False}),
 }
 
@@ -93,6 +100,29 @@ def test_int8_equals_transformers_with_rounded_weights_on_a_tiny_model(tmp_path,
     engine = engine_for(folder, quantization="rowint8", fused=fused)
     assert all(layer.mlp.fused is fused for layer in engine.model.layers)
     torch.testing.assert_close(prompt_logits(engine, ids), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["Qwen3-MoE", "Mixtral"])
+def test_int8_experts_equal_transformers_with_rounded_weights(tmp_path, case):
+    family, overrides = VARIANTS[case]
+    folder = write_tiny(tmp_path / "model", family, max_shard_size="1GB", **overrides)
+    model = load_transformers(folder)
+    round_linears_(model)
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            for weight in module.parameters():
+                weight.data = dequantize(quantize_rowwise(weight.data.flatten(0, 1))).view(weight.shape)
+    ids = prompts_of_ids(20)[0]
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids])).logits[0]
+    online = engine_for(folder, quantization="rowint8")
+    torch.testing.assert_close(prompt_logits(online, ids), expected, rtol=1e-4, atol=1e-4)
+    rotated = engine_for(folder, quantization="rowint8", activations="int8").model.layers[0]
+    assert (rotated.attention.qkv.block, rotated.mlp.gate_up.block) == (64, None)
+    source = open_source(folder)
+    write_checkpoint(source, tmp_path / "int8", "rowint8", (), round_to_nearest(source.layers))
+    stored = engine_for(tmp_path / "int8")
+    torch.testing.assert_close(prompt_logits(stored, ids), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_int8_with_mlp_bias_runs_unfused_unless_asked(tmp_path):
