@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 
@@ -134,7 +135,7 @@ def test_other_arguments_are_one_line(run, smollm2, arguments):
 
 def shell(line, **environment):
     """The line of a shell in which $ROWINT8 is the command."""
-    program = f"{sys.executable} -c 'from rowint8.eval.cli.app import main; main()'"
+    program = f"{sys.executable} -c 'from rowint8.eval.cli.start import main; main()'"
     env = {**os.environ, "ROWINT8": program, **environment}
     return subprocess.run(
         ["bash", "-c", line.replace("$ROWINT8", program)], capture_output=True, env=env, timeout=120, check=False
@@ -169,7 +170,20 @@ def test_a_full_disk_behind_stdout_is_one_line(arguments):
 
 
 def rowint8_command():
-    return [sys.executable, "-c", "from rowint8.eval.cli.app import main; main()"]
+    return [sys.executable, "-c", "from rowint8.eval.cli.start import main; main()"]
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.03, 0.1, 0.15, 0.2, 0.5])
+def test_an_interrupt_while_libraries_load_is_no_traceback(delay):
+    code = "from rowint8.eval.cli.start import main; print(flush=True); main()"
+    pipes: Any = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code, "doctor"], **pipes)
+    assert process.stdout is not None
+    process.stdout.readline()  # Python itself has started
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (130, b"")
 
 
 def test_a_reader_that_stops_is_no_traceback():
