@@ -10,8 +10,6 @@ from rowint8.eval.tables import Table
 
 README_TOKENS = (1, 4, 16, 64, 128, 256, 512, 2048, 8192)
 _INT8 = ("marlin", "machete", "gemlite", "humming", "cutlass")
-_MOST_LOST = 30
-"""Lost cells that a sentence can name; of more the worst are told."""
 _WORST = 10
 
 
@@ -22,7 +20,7 @@ def short_table(results: Results[KernelRow] | None) -> str:
     heading += ["SwiGLU: rowint8", "cuBLAS bf16 + SiLU", "best other INT8 + SiLU", "ratio"]
     lines = [[str(m), *_cells(rows.get(("linear", m))), *_cells(rows.get(("swiglu", m)))] for m in README_TOKENS]
     text = table(heading, lines)
-    return f"{conditions(results)}\n\n{text}\n{lost_cells(results.rows, ' ', '; ', _MOST_LOST)}\n" if results else text
+    return f"{conditions(results)}\n\n{text}\n{misses_line(results.rows)}\n" if results else text
 
 
 def _cells(row: KernelRow | None) -> list[str]:
@@ -70,22 +68,6 @@ def _others(results: Results[KernelRow]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name not in ("rowint8", "unfused")]
 
 
-def lost_cells(rows: Sequence[KernelRow], before: str, between: str, most: int | None = None) -> str:
-    """The cells where rowint8 is slower, with their ratios; `before` and `between` the operators and shapes.
-
-    Args:
-        most: of more cells than that only the worst are named; None names all.
-    """
-    lost = [(row, value) for row in rows if (value := ratio(row)) and value > 1 + EVEN]
-    told = sorted(lost, key=lambda cell: -cell[1])[:_WORST] if most and len(lost) > most else lost
-    named: dict[str, list[str]] = {}
-    for row, value in told:
-        named.setdefault(f"{row.op} {row.shape}", []).append(f"{row.M} ({value:.2f})")
-    cells = between.join(f"{name} at {', '.join(cells)}" for name, cells in named.items())
-    which = f" in {len(lost)} cells, of which the worst are" if len(told) < len(lost) else ""
-    return f"Slower than the best other by more than {EVEN:.0%} (ratio){which}:{before}{cells or 'nowhere'}."
-
-
 def misses_line(rows: Sequence[KernelRow]) -> str:
     """How many cells are certainly slower than cuBLAS, and than the best of all."""
     kinds = {"cuBLAS": ("cublas",), "the best other 8-bit kernel": _INT8, "the best other": ("",)}
@@ -123,11 +105,11 @@ def _worst_cells(row: KernelRow) -> list[str]:
 
 
 def kernel_section(results: Results[KernelRow]) -> str:
-    """Where it is slower, the worst cells, and a folded table of all."""
+    """The worst cells and how many are slower, and a table of all, both folded."""
     rows = results.rows
     cells = folded(f"All {len(rows)} cells", _all_cells(rows, results.ceilings))
     worst = folded(f"The worst {_WORST} cells", f"{worst_table(rows).markdown()}\n{misses_line(rows)}\n")
-    return "\n\n".join([conditions(results), lost_cells(rows, "\n- ", "\n- "), worst, cells])
+    return "\n\n".join([conditions(results), worst, cells])
 
 
 def _all_cells(rows: Sequence[KernelRow], ceilings: Ceilings | None) -> str:

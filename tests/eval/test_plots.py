@@ -1,36 +1,39 @@
-"""rowint8.eval.plots: pictures of kernels have every name, and the same results give the same file."""
+"""rowint8.eval.plots: pictures of what the results hold, and the same results give the same file."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from rowint8.eval.errors import EvalError
 from rowint8.eval.plots import pictures
 from rowint8.eval.results.environment import describe_environment
-from rowint8.eval.results.files import Results, read_results
+from rowint8.eval.results.files import Results
+from tests.eval.report.test_document import ENGINE
 from tests.eval.results.test_roofline import CEILINGS, CHAIN, LINEAR, NORM
 
 
 @pytest.fixture(scope="module")
 def results():
-    rows = [replace(LINEAR, M=m, us={name: us * m for name, us in LINEAR.us.items()}) for m in (1, 16, 4)]
-    return Results(environment=describe_environment(), command="c", rows=(*rows, NORM), ceilings=CEILINGS)
+    bf16 = replace(ENGINE, engine="vllm", setup="bf16", tpot_ms=10.0, spread={"tpot_ms": 0.02})
+    rows = [bf16, replace(bf16, setup="rowint8", tpot_ms=5.0), replace(bf16, setup="fp8", tpot_ms=6.0)]
+    rows += [replace(row, batch=8, tpot_ms=row.tpot_ms + 1) for row in rows]
+    prompt = dict(output_tokens=1, tpot_ms=None, itl_ms=None)
+    rows += [replace(bf16, ttft_ms=40.0, **prompt), replace(rows[1], ttft_ms=20.0, **prompt)]
+    return Results(environment=describe_environment(), command="c", rows=tuple(rows))
 
 
 def draw(results, path):
-    pictures({"k": results})["k.svg"](path)
+    pictures({"k": results})["k-batch.svg"](path)
 
 
-def test_plot_draws_every_name_and_the_limit(results, tmp_path):
+def test_speed_over_bf16_is_drawn_for_every_setup_batch_and_prompt(results, tmp_path):
     svg = tmp_path / "deep" / "k.svg"
     draw(results, svg)
     text = svg.read_text()
     assert text.startswith("<?xml")
-    for label in ("rowint8", "cublas_bf16", "machete", "vllm", "limit", "linear gate_up [28672, 4096], bfloat16"):
-        assert f">{label}</text>" in text
-    assert ">add_rms_norm h4096 [4096], bfloat16</text>" in text
+    for label in ("vllm rowint8", "vllm fp8", "1", "8", "1 x 128", "prompt", "speed / vllm bf16's"):
+        assert f">{label}</text>" in text or f">{label}</tspan>" in text, label
+    assert ">vllm bf16</text>" not in text, "it is the line at 1"
 
 
 def test_plot_of_the_same_results_is_the_same_file(results, tmp_path):
@@ -45,7 +48,7 @@ def test_every_count_is_a_cell_of_the_heat_map_and_the_lost_ones_are_crossed(tmp
     rows.append(replace(NORM, M=6000))
     results = Results(environment=describe_environment(), command="c", rows=tuple(rows), ceilings=CEILINGS)
     drawn = pictures({"k": results})
-    assert set(drawn) == {"k.svg", "k-ratio.svg"}
+    assert set(drawn) == {"k-ratio.svg"}
     drawn["k-ratio.svg"](tmp_path / "r.svg")
     text = (tmp_path / "r.svg").read_text()
     for label in ("linear gate_up [28672, 4096]", "linear o [4096, 4096]", "add_rms_norm h4096 [4096]", "31", "6000"):
@@ -65,13 +68,7 @@ def test_chains_are_drawn_by_their_ratio_to_bf16(tmp_path):
 
 
 def test_plot_says_what_it_cannot_do(results, tmp_path):
-    assert pictures({"k": replace(results, ceilings=None)}) == {}
+    assert pictures({"k": replace(results, rows=results.rows[:3])}) == {}, "one batch is no line"
     (tmp_path / "file").write_text("")
     with pytest.raises(EvalError, match=r"cannot write .*file/k\.svg: Not a directory"):
         draw(results, tmp_path / "file" / "k.svg")
-
-
-def test_shipped_results_can_be_read_and_drawn(tmp_path):
-    results = read_results(Path(__file__).parents[2] / "results" / "kernels-h100.json")
-    draw(results, tmp_path / "k.svg")
-    assert json.dumps(results.environment.device)[1:-1] in (tmp_path / "k.svg").read_text()

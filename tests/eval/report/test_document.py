@@ -13,7 +13,7 @@ from rowint8.eval.models import weight_bytes
 from rowint8.eval.plots import pictures
 from rowint8.eval.processes import console_script
 from rowint8.eval.report.document import documents, parts, read_folder, refuse_mixed, report
-from rowint8.eval.report.kernels import compiler_table, lost_cells, tallies
+from rowint8.eval.report.kernels import compiler_table, tallies
 from rowint8.eval.results.environment import describe_environment
 from rowint8.eval.results.files import Results, read_results, write_results
 from rowint8.eval.results.roofline import best_peer
@@ -257,13 +257,11 @@ def test_our_own_parts_are_no_peers():
     assert best_peer(KERNEL, ("cublas",)) == "cublas_bf16"
 
 
-def test_cells_are_counted_and_the_lost_ones_named():
+def test_cells_are_counted():
     times = {1: 40.0, 2: 48.9, 4: 49.1, 8: 60.0}
     rows = tuple(replace(KERNEL, M=m, us={"rowint8": us, "marlin": 48.0}) for m, us in times.items())
     results = Results(environment=ENVIRONMENT, command="c", rows=rows)
     assert cells(tallies({"k": results}), "k") == ["k", "marlin", "4", "1", "1", "2"]
-    assert lost_cells(rows, " ", "; ").endswith(": linear gate_up at 4 (1.02), 8 (1.25).")
-    assert lost_cells(rows[:1], " ", "; ").endswith(": nowhere.")
 
 
 def test_compiled_sizes_with_the_same_kernels_share_a_line():
@@ -306,19 +304,21 @@ def rowint8(*arguments):
 
 def test_command_writes_the_report_its_plots_and_marked_parts(tmp_path):
     folder = tmp_path / "results"
-    write(folder, "engine-h100", ENGINE, replace(ENGINE, setup="int8"), replace(ENGINE, batch=8, tok_s=1200.0))
+    bf16 = replace(ENGINE, setup="bf16-graph")
+    write(
+        folder, "engine-h100", *(replace(row, batch=b, tok_s=b * row.tok_s) for b in (1, 8) for row in (bf16, ENGINE))
+    )
     write(folder, "fidelity-smollm2", FIDELITY, replace(FIDELITY, setup="int8-group32", kl_mean=0.01))
     write(folder, "kernels-h200", KERNEL, replace(KERNEL, M=32), ceilings=CEILINGS)
     (tmp_path / "README.md").write_text("mine\n<!-- report:limits -->\n<!-- /report -->\n")
     done = rowint8("report", folder)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    names = {"engine-h100-setups.svg", "engine-h100-batch.svg", "fidelity-smollm2-kl.svg", "kernels-h200.svg"}
+    names = {"engine-h100-batch.svg", "fidelity-smollm2-kl.svg"}
     assert {path.name for path in folder.iterdir()} - {"REPORT.md"} == names | {
         f"{stem}.json" for stem in ("engine-h100", "fidelity-smollm2", "kernels-h200")
     }
     text = (folder / "REPORT.md").read_text()
     assert all(f"![{name}]({name})" in text for name in names)
-    assert "baseline int8-fused, 128 + 101" in (folder / "engine-h100-setups.svg").read_text()
     assert ">int8-group32</text>" in (folder / "fidelity-smollm2-kl.svg").read_text()
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("mine\n<!-- report:limits -->\n| of the limit |")

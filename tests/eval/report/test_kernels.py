@@ -8,7 +8,7 @@ from rich.console import Console
 from rowint8.eval.errors import EvalError
 from rowint8.eval.report.chain import chain_section, chain_table
 from rowint8.eval.report.checks import check_all
-from rowint8.eval.report.kernels import kernel_section, kernel_tables, lost_cells, misses_line, worst_table
+from rowint8.eval.report.kernels import kernel_section, kernel_tables, misses_line, worst_table
 from rowint8.eval.results.environment import describe_environment
 from rowint8.eval.results.files import Results, read_results, write_results
 from rowint8.eval.results.schema import Ratio
@@ -54,14 +54,6 @@ def test_rows_of_older_files_have_no_intervals_and_are_told_all_the_same():
     text = kernel_section(Results(environment=describe_environment(), command="c", rows=(LINEAR, NORM)))
     assert "Slower, with the ratio above 1.02, than cuBLAS in 0 of 1 cells" in text
     assert "| add_rms_norm h4096 | 1024 | 20.0 | 16.0 vllm | 1.250 |  |  |" in text
-
-
-def test_of_many_lost_cells_the_worst_are_named():
-    rows = [paired(m, 100.0 + m, 1.0) for m in range(3, 43)]
-    text = lost_cells(rows, " ", "; ", most=30)
-    assert " in 40 cells, of which the worst are: linear gate_up at 42 (1.42), 41 (1.41), " in text
-    assert "32 (1.32)" not in text
-    assert lost_cells(rows, " ", "; ").count("(1.") == 40, "unless all are asked for"
 
 
 def test_a_chain_stands_beside_bf16_and_its_products_alone(tmp_path):
