@@ -70,7 +70,10 @@ MEASUREMENTS = {
     "chain": Measurement("bench chain"),
     "engine": Measurement(
         f"bench engine --sequences 256 --workloads {_BATCHES},{_PROMPTS}",
-        _setups("bf16-eager,bf16-compile,bf16-graph,int8,int8-fused,int8-a8,int8-fused-lm-head,vllm-bf16,vllm-rowint8"),
+        _setups(
+            "bf16-eager,bf16-compile,bf16-graph,int8,int8-fused,int8-a8,int8-fused-lm-head,vllm-bf16,vllm-rowint8,"
+            "vllm-rowint8-a8"
+        ),
     ),
     "vllm": Measurement("bench vllm", _DENSE),
     "vllm-0.26": Measurement("bench vllm", _setups("bf16,rowint8,rowint8-a8"), vllm="0.26"),

@@ -102,10 +102,11 @@ def ladder(gpu: bool) -> dict[str, Setup]:
         "int8-a8": {**fused, "activations": "int8"},
         "int8-fused-decode-graphs": {**fused, "prompt_graph_tokens": 0},
         "int8-fused-lm-head": {**fused, "int8_lm_head": True},
+        "int8-a8-lm-head": {**fused, "activations": "int8", "int8_lm_head": True},
     }
     ours = {name: Setup(given, engine="baseline") for name, given in rungs.items() if gpu or "graph" not in name}
     if gpu:
-        return {**ours, "vllm-bf16": SETUPS["bf16"], "vllm-rowint8": SETUPS["rowint8"]}
+        return {**ours, **{f"vllm-{name}": SETUPS[name] for name in ("bf16", "rowint8", "rowint8-a8")}}
     return {**ours, "transformers-bf16": Setup({}, engine="transformers")}
 
 

@@ -28,7 +28,8 @@ def ladder_table(rows: Sequence[EngineRow]) -> Table:
         alike = list(group)
         vllm = {row.setup: row.tok_s for row in alike if row.engine == "vllm"}
         for row in alike:
-            peer = vllm.get("rowint8" if row.setup.startswith("int8") else "bf16")
+            form = "rowint8-a8" if row.setup == "int8-a8" else "rowint8" if row.setup.startswith("int8") else "bf16"
+            peer = vllm.get(form)
             lines.append(
                 [
                     " x ".join(map(str, size)) if row is alike[0] else "",

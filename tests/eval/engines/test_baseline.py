@@ -65,18 +65,21 @@ def test_both_engines_get_the_same_limits():
 
 def test_the_command_on_a_tiny_model(tmp_path):
     file = tmp_path / "engine.json"
-    setups = "bf16-eager,int8-fused,transformers-bf16"
+    setups = "bf16-eager,int8-fused,int8-a8,transformers-bf16"
     options = ["--config", "tiny", "--setups", setups, "--workloads", "1x8x3,3x8x3", "--repeats=2"]
     result = CliRunner().invoke(app, ["bench", "engine", *options, "--json", str(file)])
     assert result.exit_code == 0, result.output
     rows = read_results(file).rows
     assert [(row.engine, row.setup, row.batch) for row in rows] == [
         (*setup, batch)
-        for setup in (("baseline", "bf16-eager"), ("baseline", "int8-fused"), ("transformers", "bf16"))
+        for setup in (
+            *(("baseline", name) for name in ("bf16-eager", "int8-fused", "int8-a8")),
+            ("transformers", "bf16"),
+        )
         for batch in (1, 3)
     ]
     assert all(row.repeats == 2 and row.tok_s > 0 for row in rows)
-    assert all(row.attention for row in rows[:4])
+    assert all(row.attention for row in rows[:6])
     assert rows[2].weights_gib < rows[0].weights_gib
     bad = CliRunner().invoke(app, ["bench", "engine", "--setups", "int3"])
     assert bad.exit_code != 0

@@ -384,11 +384,19 @@ def test_experts_count_among_what_no_memory_holds(name, layers):
 
 @pytest.mark.vllm
 def test_a_real_run_keeps_the_rows_of_the_setups_that_work(tmp_path, monkeypatch):
-    """bf16 and rowint8 through the real engine, with one between them that vLLM refuses."""
+    """bf16, rowint8 and it with INT8 tokens through the real engine, with one between them that vLLM refuses."""
     pytest.importorskip("vllm")
     monkeypatch.setitem(bench_vllm_setups.SETUPS, "broken", Setup({"quantization": "no-such-method"}))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    options = ["--config", "tiny", "--enforce-eager", "--setups", "bf16,broken,rowint8", "--workloads", "2x8x4,3x64x1"]
+    options = [
+        "--config",
+        "tiny",
+        "--enforce-eager",
+        "--setups",
+        "bf16,broken,rowint8,rowint8-a8",
+        "--workloads",
+        "2x8x4,3x64x1",
+    ]
     done = CliRunner().invoke(
         cli.app,
         ["bench", "vllm", *options, "--repeats", "2", "--json", str(tmp_path / "r.json")],
@@ -398,12 +406,13 @@ def test_a_real_run_keeps_the_rows_of_the_setups_that_work(tmp_path, monkeypatch
     assert "no-such-method" in done.stderr
     rows = read_results(tmp_path / "r.json").rows
     assert [(row.setup, row.batch, row.prompt_tokens, row.output_tokens) for row in rows] == [
-        (setup, *size) for setup in ("bf16", "rowint8") for size in ((2, 8, 4), (3, 64, 1))
+        (setup, *size) for setup in ("bf16", "rowint8", "rowint8-a8") for size in ((2, 8, 4), (3, 64, 1))
     ]
     sizes = {row.setup: row.weights_gib * GIB for row in rows}
     # Where its CPU build has packed unquantized linear weights for AVX-512, vLLM drops them.
     dense = [pytest.approx(tiny_weights(linear_bytes, row_bytes=0), abs=100) for linear_bytes in (2, 0)]
     assert sizes["bf16"] in dense
+    assert sizes["rowint8-a8"] == sizes["rowint8"]
     assert sizes["rowint8"] == pytest.approx(tiny_weights(linear_bytes=1, row_bytes=2), abs=100)
     assert all(row.compiled == () and row.repeats == 2 for row in rows)
     assert "2x8x4" in done.stdout
