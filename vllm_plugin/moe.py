@@ -1,15 +1,19 @@
-"""The experts of a mixture-of-experts layer: each a gate_up and a down projection in INT8, quantized while they load.
+"""The experts of a mixture-of-experts layer: each a gate_up and a down projection in INT8, quantized while they load or
+read as INT8.
 
 In memory a layer of E experts, hidden size H and intermediate size I (a rank's part of them) is
 
     w13_weight  int8 [E, 2I, H]    w13_weight_scale  fp16 [E, 2I]    gate rows over up rows
     w2_weight   int8 [E, H, I]     w2_weight_scale   fp16 [E, H]
 
-On GPUs they run in vLLM's own fused-MoE Triton kernel: it widens INT8 to the activations' dtype, accumulates in fp32
-and multiplies by the scales last, as `rowint8::linear` does. vLLM's CPU kernels for INT8 experts round the activations
-too, so on CPUs the experts run one after another through rowint8's operators.
+A checkpoint holds each expert's layers on their own, as `rowint8 quantize` writes them: int8 `weight` [N, K] and fp16
+`weight_scale` [N].
+
+On GPUs they run in `rowint8::experts` (`moe_kernel`), on CPUs in the same operator, called directly: vLLM's CPU kernels
+for INT8 experts round the activations, too.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,24 +22,27 @@ from vllm.config import get_current_vllm_config
 from vllm.distributed.parallel_state import get_ep_group
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import int8_w8a16_moe_quant_config
-from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 from vllm.model_executor.layers.fused_moe.oracle.int8 import Int8MoeBackend, make_int8_moe_kernel
 from vllm.model_executor.layers.quantization.online.moe_base import OnlineMoEMethodBase
-from vllm.model_executor.utils import replace_parameter
+from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 from vllm.platforms import current_platform
 
 from rowint8.kernels import ops
 from rowint8.vllm_plugin import attached, compat
 from rowint8.vllm_plugin.linear import quantize_part
 from rowint8.vllm_plugin.loading import FLOATS, SAVED_FROM_MEMORY, Int8Method, guarded_loader, refuse_incomplete
+from rowint8.vllm_plugin.moe_kernel import RowInt8Experts, activation_arguments
+from rowint8.vllm_plugin.warmup import warm_up_experts
 
-_HINT = "INT8 experts cannot be read from a checkpoint, only quantized while they load"
+_HINT = 'an INT8 checkpoint needs "quantization_config": {"quant_method": "rowint8"} in its config.json'
+_HINT_SERIALIZED = "quantize the checkpoint again, which writes INT8 experts, or name them in its ignore list"
 
 
-def make_experts_method(layer: Any, prefix: str) -> "RowInt8MoEMethod":
-    """The method for a `RoutedExperts` layer on this machine."""
+def make_experts_method(layer: Any, prefix: str, serialized: bool = False) -> "RowInt8MoEMethod":
+    """The method for a `RoutedExperts` layer on this machine; `serialized` where the checkpoint holds INT8."""
     method = RowInt8CpuMoEMethod if current_platform.is_cpu() else RowInt8MoEMethod
-    return method(layer.moe_config, prefix)
+    return method(layer.moe_config, prefix, serialized)
 
 
 def why_unquantized(layer: Any) -> str | None:
@@ -54,12 +61,15 @@ def why_unquantized(layer: Any) -> str | None:
 class RowInt8MoEMethod(OnlineMoEMethodBase, Int8Method):
     """The experts of one layer, on a GPU. vLLM makes one instance per layer; `prefix` is its name, for messages."""
 
-    def __init__(self, moe: Any, prefix: str) -> None:
+    def __init__(self, moe: Any, prefix: str, serialized: bool = False) -> None:
         super().__init__(moe)
         self.prefix = prefix
-        load_format = get_current_vllm_config().load_config.load_format
-        self.dummy = load_format == "dummy"
-        self.from_memory = load_format in SAVED_FROM_MEMORY
+        self.dtype = torch.get_default_dtype()
+        config = get_current_vllm_config()
+        self.max_tokens = config.scheduler_config.max_num_batched_tokens
+        self.dummy = config.load_config.load_format == "dummy"
+        self.from_memory = config.load_config.load_format in SAVED_FROM_MEMORY
+        self.serialized = serialized or self.from_memory
 
     def create_weights(
         self,
@@ -70,26 +80,38 @@ class RowInt8MoEMethod(OnlineMoEMethodBase, Int8Method):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Registers the weights in the model's dtype on the meta device, or all four parameters if `from_memory`."""
+        """Registers the weights on the meta device: in the model's dtype, or all four parameters where `serialized`.
+        Those of a saved state have memory, and no loader."""
         sizes = (num_experts, hidden_size, intermediate_size_per_partition)
+        self.dtype = params_dtype
         if self.from_memory:
-            return _register_int8(layer, *sizes)
-        load = guarded_loader(extra_weight_attrs["weight_loader"], layer, self.prefix, FLOATS, _HINT)
-        super().create_weights(layer, *sizes, params_dtype, **extra_weight_attrs | {"weight_loader": load})
+            return _register_int8(layer, *sizes, None)
+        load = extra_weight_attrs["weight_loader"]
+        if not self.serialized:
+            guarded = guarded_loader(load, layer, self.prefix, FLOATS, _HINT)
+            attributes = extra_weight_attrs | {"weight_loader": guarded}
+            return super().create_weights(layer, *sizes, params_dtype, **attributes)
+        _register_int8(layer, *sizes, "meta")
+        for name, param in list(layer.named_parameters(recurse=False)):
+            is_scale = name.endswith("_scale")
+            dtypes = (torch.float16,) if is_scale else (torch.int8,)
+            loader = _scale_loader(layer) if is_scale else load
+            guarded = guarded_loader(loader, layer, f"{self.prefix}.{name}", dtypes, _HINT_SERIALIZED)
+            set_weight_attrs(param, extra_weight_attrs | {"weight_loader": guarded})
+        initialize_online_processing(layer)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Leaves the four parameters of the module's docstring. vLLM calls it twice a load.
 
         Raises:
-            ValueError: the checkpoint lacks a part of an expert, or holds NaN or Inf.
+            ValueError: the checkpoint lacks a part of an expert, or holds NaN, Inf or a negative scale.
         """
         if attached.is_processed(layer):
             return
         if not self.dummy and not self.from_memory:
             refuse_incomplete(layer, self.prefix)
-        if not self.from_memory:
-            self._quantize(layer, "w13_weight", group=None)
-            self._quantize(layer, "w2_weight", group=get_ep_group() if self.moe.tp_size > 1 else None)
+        for name in ("w13_weight", "w2_weight"):
+            self._keep(layer, name) if self.serialized else self._quantize(layer, name)
         if self.moe_kernel is None:  # a reload writes into the tensors that the kernel already has
             self._make_kernel(layer)
         attached.set_processed(layer)
@@ -97,11 +119,22 @@ class RowInt8MoEMethod(OnlineMoEMethodBase, Int8Method):
     def get_fused_moe_quant_config(self, layer: Any) -> Any:
         return int8_w8a16_moe_quant_config(w1_scale=layer.w13_weight_scale, w2_scale=layer.w2_weight_scale)
 
-    def _quantize(self, layer: Any, name: str, group: Any) -> None:
+    def _quantize(self, layer: Any, name: str) -> None:
+        group = get_ep_group() if name == "w2_weight" and self.moe.tp_size > 1 else None
         weight = getattr(layer, name).data  # [E, N, K]
         values, scale = quantize_part(weight.flatten(0, 1), f"{self.prefix}.{name}", group)
         replace_parameter(layer, name, values.view(weight.shape))
         replace_parameter(layer, f"{name}_scale", scale.view(weight.shape[:2]))
+
+    def _keep(self, layer: Any, name: str) -> None:
+        scale = getattr(layer, f"{name}_scale").data
+        bad = ~(torch.isfinite(scale) & (scale >= 0))
+        if bad.any() and not self.dummy:
+            expert, row = bad.nonzero()[0].tolist()
+            found = f"row {row} of expert {expert} is {float(scale[expert, row])}"
+            raise ValueError(f"{self.prefix}.{name}_scale: {found}, not a finite scale >= 0")
+        for each in (name, f"{name}_scale"):
+            replace_parameter(layer, each, getattr(layer, each).data)
 
     def _make_kernel(self, layer: Any) -> None:
         config = self.get_fused_moe_quant_config(layer)
@@ -110,17 +143,45 @@ class RowInt8MoEMethod(OnlineMoEMethodBase, Int8Method):
             int8_backend=Int8MoeBackend.TRITON,
             moe_quant_config=config,
             moe_config=self.moe,
-            experts_cls=TritonExperts,
+            experts_cls=RowInt8Experts,
             routing_tables=layer._expert_routing_tables(),
         )
+        warm_up_experts(self, layer, activation_arguments(layer.activation, config, self.moe))
 
 
-def _register_int8(layer: Any, experts: int, hidden: int, intermediate: int) -> None:
+def _register_int8(layer: Any, experts: int, hidden: int, intermediate: int, device: str | None) -> None:
     for name, rows, columns in (("w13_weight", 2 * intermediate, hidden), ("w2_weight", hidden, intermediate)):
-        values = torch.empty(experts, rows, columns, dtype=torch.int8)
+        values = torch.empty(experts, rows, columns, dtype=torch.int8, device=device)
         layer.register_parameter(name, nn.Parameter(values, requires_grad=False))
-        scale = torch.empty(experts, rows, dtype=torch.float16)
+        scale = torch.empty(experts, rows, dtype=torch.float16, device=device)
         layer.register_parameter(f"{name}_scale", nn.Parameter(scale, requires_grad=False))
+
+
+def _scale_loader(layer: Any) -> Callable:
+    """Loads the scales of one expert's layer, [N] in the checkpoint; vLLM's own has other shapes.
+
+    Gate (w1) and up (w3) are split by rows over the ranks, as their weights are; down (w2) by columns.
+    """
+
+    def load(
+        param: Tensor,
+        loaded_weight: Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
+        expert = layer._map_global_expert_id_to_local_expert_id(expert_id)
+        if expert != -1:
+            rows = param.data[expert]
+            if shard_id != "w2":
+                half, rank = len(rows) // 2, layer.moe_config.tp_rank
+                rows = rows[:half] if shard_id == "w1" else rows[half:]
+                loaded_weight = loaded_weight[half * rank : half * (rank + 1)]
+            rows.copy_(loaded_weight)
+        return expert != -1 if return_success else None
+
+    return load
 
 
 class RowInt8CpuMoEMethod(RowInt8MoEMethod):
@@ -132,10 +193,8 @@ class RowInt8CpuMoEMethod(RowInt8MoEMethod):
 
     def apply(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, **shared_experts: Any) -> Tensor:
         """[M, H] -> [M, H] in x's dtype, for the experts that this rank holds."""
-        if layer.expert_map is not None:
-            topk_ids = layer.expert_map[topk_ids.long()]
         weights = (layer.w13_weight, layer.w13_weight_scale, layer.w2_weight, layer.w2_weight_scale)
-        return _experts_in_turn(x, *weights, topk_weights, topk_ids)
+        return ops.experts(x, *weights, topk_weights, topk_ids, expert_map=layer.expert_map)
 
     def apply_monolithic(self, layer: Any, x: Tensor, router_logits: Tensor, input_ids: Tensor | None = None) -> Tensor:
         assert compat.select_experts is not None
@@ -155,32 +214,4 @@ class RowInt8CpuMoEMethod(RowInt8MoEMethod):
         return self.apply(layer, x, topk_weights, topk_ids)
 
     def _make_kernel(self, layer: Any) -> None:
-        """There is none: `apply` runs the operators."""
-
-
-@torch.library.custom_op("rowint8::experts_in_turn", mutates_args=())
-def _experts_in_turn(
-    x: Tensor,
-    w13: Tensor,
-    w13_scale: Tensor,
-    w2: Tensor,
-    w2_scale: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-) -> Tensor:
-    """The weighted sum over each token's experts, in fp32 and rounded once. Negative ids are other ranks' experts.
-
-    An operator, because which rows go to an expert depends on the data, which a compiled graph cannot express.
-    """
-    out = torch.zeros_like(x, dtype=torch.float32)
-    for expert in topk_ids[topk_ids >= 0].unique().tolist():
-        token, slot = (topk_ids == expert).nonzero(as_tuple=True)
-        hidden = ops.swiglu(x[token], w13[expert], w13_scale[expert])
-        down = ops.linear(hidden, w2[expert], w2_scale[expert])
-        out.index_add_(0, token, down * topk_weights[token, slot, None].float())
-    return out.to(x.dtype)
-
-
-@_experts_in_turn.register_fake
-def _(x: Tensor, *weights_and_routing: Tensor) -> Tensor:
-    return torch.empty_like(x)
+        """There is none: `apply` runs the operator."""

@@ -5,16 +5,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import Glm4MoeConfig, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 from rowint8.kernels.quantize import quantize_rowwise
 from tests.vllm_plugin.harness import (
     PROMPTS,
+    TINY,
     assert_follows,
     edited_copy,
     make_tiny,
     options,
     oracle,
+    prequantized,
     with_other_numbers,
 )
 from tests.vllm_plugin.vllm_driver import describe
@@ -32,6 +34,10 @@ MODELS = {
     "qwen2-moe (a shared expert)": (
         Qwen2MoeConfig,
         {**SMALL, "num_experts": 6, "shared_expert_intermediate_size": 64},
+    ),
+    "glm4-moe (a router whose bias its experts hold too)": (
+        Glm4MoeConfig,
+        {**SMALL, "n_routed_experts": 4, "n_shared_experts": 1, "head_dim": 32, "first_k_dense_replace": 0},
     ),
     "qwen3-moe (a router with a quant_config)": (Qwen3MoeConfig, {**SMALL, "num_experts": 5, "head_dim": 32}),
 }
@@ -101,6 +107,34 @@ def test_a_saved_sharded_state_is_the_same(driver, mixtral, online, tmp_path):
     assert without_swiglu_calls(result) == without_swiglu_calls(online)
 
 
+def stored(source, folder, edit=lambda tensors: None):
+    """The checkpoint with INT8 experts."""
+    experts = tuple(name for name in load_file(source / "model.safetensors") if ".experts." in name)
+    return prequantized(source, folder, edit, experts)
+
+
+def test_stored_experts_equal_online_bit_for_bit(driver, mixtral, online, tmp_path):
+    folder = stored(mixtral, tmp_path / "int8")
+    result = driver.works(folder, llm={**TINY, "quantization": None}, reload=str(folder))
+    assert result.pop("same_memory") is True
+    assert without_swiglu_calls(result) == without_swiglu_calls(online)
+
+
+W1 = EXPERTS.replace("routed_experts", "2.w1.weight")
+W1_SCALE = EXPERTS.replace("routed_experts", "2.w1.weight_scale")
+BAD_STORED = {
+    "missing": (lambda t: t.pop(W1_SCALE), "w13_weight_scale: the checkpoint fills"),
+    "NaN": (lambda t: t[W1_SCALE].__setitem__(5, float("nan")), "w13_weight_scale: row 5 of expert 2 is nan"),
+    "float": (lambda t: t.update({W1: t[W1].float()}), "w13_weight: the checkpoint has torch.float32, expected"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STORED)
+def test_bad_stored_experts_are_refused(driver, mixtral, tmp_path, case):
+    edit, message = BAD_STORED[case]
+    assert message in driver.fails(stored(mixtral, tmp_path / "bad", edit))
+
+
 def test_ignored_experts_stay_unquantized(driver, mixtral, online):
     result = driver.works(mixtral, llm=options(ignore=[EXPERTS.removesuffix(".routed_experts")]))
     changed = {name for name, layer in result["layers"].items() if layer != online["layers"][name]}
@@ -125,7 +159,6 @@ def test_the_log_says_which_experts_are_not_done_in_int8(case):
     assert why_unquantized(SimpleNamespace(**vars(layer) | change)) == reason
 
 
-W1 = EXPERTS.replace("routed_experts", "2.w1.weight")
 BAD = {
     "NaN": (lambda t: t[W1].__setitem__((3, 5), float("nan")), "w13_weight: row 643 holds NaN or Inf"),
     "missing": (lambda t: t.pop(W1), "w13_weight: the checkpoint fills 71680 of its 81920 numbers (found 7 parts)"),
