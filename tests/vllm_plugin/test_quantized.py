@@ -1,7 +1,7 @@
 """A checkpoint of `rowint8 quantize` in the real vLLM: found without a flag, the same as quantizing while loading."""
 
 import pytest
-from transformers import GPTBigCodeConfig, Phi3Config, Qwen2Config
+from transformers import GPTBigCodeConfig, Phi3Config, Qwen2Config, Qwen3MoeConfig
 
 from rowint8.eval.quantize import checkpoint as job
 from rowint8.eval.quantize.source import open_source
@@ -22,6 +22,14 @@ def test_stored_equals_online_bit_for_bit(driver, tmp_path):
     assert driver.works(tmp_path / "int8", llm=WITHOUT_FLAG) == online
     plain = driver.works(model, llm=WITHOUT_FLAG)
     assert plain["logprobs"] != online["logprobs"], "unquantized weights must be seen in the logprobs"
+
+
+def test_stored_experts_equal_online_bit_for_bit(driver, tmp_path):
+    shape = dict(num_experts=5, moe_intermediate_size=96, num_experts_per_tok=2, head_dim=32)
+    model = make_tiny(tmp_path / "model", Qwen3MoeConfig, **shape)
+    source = open_source(model)
+    job.write_checkpoint(source, tmp_path / "int8", "rowint8", (), job.round_to_nearest(source.layers))
+    assert driver.works(tmp_path / "int8", llm=WITHOUT_FLAG)["logprobs"] == driver.works(model)["logprobs"]
 
 
 MERGED_IN_THE_FILES = {
