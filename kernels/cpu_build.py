@@ -23,13 +23,24 @@ _BY_CPU = {
 }
 """Flags for what torch says this CPU has (`torch.backends.cpu.get_cpu_capability`)."""
 _SECONDS = 120
+_AT, _FLAG, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_ARGUMENTS = {
+    "quantize_tokens": (_AT, _FLAG, *[_SIZE] * 3, *[ctypes.c_float] * 2, *[_AT] * 3, _FLAG),
+    "scale_sums": (*[_AT] * 4, *[_SIZE] * 2, _AT, _FLAG, _FLAG),
+    "swiglu_sums": (*[_AT] * 3, *[_SIZE] * 2, _AT, _FLAG, _FLAG),
+}
+"""Of the functions in the C file, which return nothing."""
 
 
 @cache
 def library() -> ctypes.CDLL | None:
     """The functions of the C file; None, with one warning, where they cannot be built."""
     try:
-        return ctypes.CDLL(str(_built()))
+        built = ctypes.CDLL(str(_built()))
+        for name, arguments in _ARGUMENTS.items():
+            function = getattr(built, name)
+            function.argtypes, function.restype = arguments, None
+        return built
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = str(error).strip().split("\n")[0]
         logging.getLogger(__name__).warning(

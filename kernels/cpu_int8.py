@@ -3,8 +3,6 @@
 The bits are those of `activations`, whatever the number of tokens. Without a C compiler plain torch does the same.
 """
 
-from ctypes import c_float, c_int64, c_void_p
-
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
@@ -25,12 +23,10 @@ def quantize_tokens(tokens: Tensor, block: int) -> tuple[Tensor, Tensor]:
         return activations.quantize_tokens(tokens, block)
     tokens = tokens if tokens.dtype in _PLAIN else tokens.float()
     (m, k), threads = tokens.shape, _threads(tokens.numel())
-    q, scale = torch.empty(m, k, dtype=torch.int8), torch.empty(m)
-    room = torch.empty(threads, k)
-    least, factor = c_float(activations.LEAST_ABSMAX), c_float(activations.scale_factor(block))
-    built.quantize_tokens(
-        *_typed(tokens), *map(c_int64, (m, k, block)), least, factor, *map(_at, (room, q, scale)), threads
-    )
+    q, scale = tokens.new_empty(m, k, dtype=torch.int8), tokens.new_empty(m, dtype=torch.float32)
+    room = tokens.new_empty(threads, k, dtype=torch.float32)
+    given = (*_typed(tokens), m, k, block, activations.LEAST_ABSMAX, activations.scale_factor(block))
+    built.quantize_tokens(*given, room.data_ptr(), q.data_ptr(), scale.data_ptr(), threads)
     return q, scale
 
 
@@ -49,10 +45,10 @@ def linear(
     sums = _sums(tokens, values)
     if (built := library()) is None:
         return _scaled(sums, token_scale, scale, bias).to(dtype)
-    out = torch.empty(sums.shape, dtype=dtype if dtype in _PLAIN else torch.float32)
-    wide = None if bias is None else bias.float().contiguous()
-    given = (_at(sums), _at(token_scale), _at(scale.contiguous()), None if wide is None else _at(wide))
-    built.scale_sums(*given, *map(c_int64, sums.shape), *_typed(out), _threads(sums.numel()))
+    out = sums.new_empty(sums.shape, dtype=dtype if dtype in _PLAIN else torch.float32)
+    scale, wide = scale.contiguous(), None if bias is None else bias.float().contiguous()
+    given = (sums.data_ptr(), token_scale.data_ptr(), scale.data_ptr(), None if wide is None else wide.data_ptr())
+    built.scale_sums(*given, *sums.shape, *_typed(out), _threads(sums.numel()))
     return out.to(dtype)
 
 
@@ -62,10 +58,10 @@ def swiglu(tokens: Tensor, token_scale: Tensor, values: Tensor, scale: Tensor, d
     if (built := library()) is None:
         gate, up = _scaled(sums, token_scale, scale, None).chunk(2, dim=-1)
         return (silu(gate) * up).to(dtype)
-    m, width = len(sums), sums.shape[1] // 2
-    out = torch.empty(m, width, dtype=dtype if dtype in _PLAIN else torch.float32)
-    given = (_at(sums), _at(token_scale), _at(scale.contiguous()))
-    built.swiglu_sums(*given, c_int64(m), c_int64(width), *_typed(out), _threads(sums.numel()))
+    scale, m, width = scale.contiguous(), len(sums), sums.shape[1] // 2
+    out = sums.new_empty(m, width, dtype=dtype if dtype in _PLAIN else torch.float32)
+    given = (sums.data_ptr(), token_scale.data_ptr(), scale.data_ptr(), m, width)
+    built.swiglu_sums(*given, *_typed(out), _threads(sums.numel()))
     return out.to(dtype)
 
 
@@ -84,13 +80,9 @@ def _scaled(sums: Tensor, token_scale: Tensor, scale: Tensor, bias: Tensor | Non
     return (token_scale.double()[:, None] * by_row + bias).float()
 
 
-def _at(tensor: Tensor) -> c_void_p:
-    return c_void_p(tensor.data_ptr())
-
-
-def _typed(tensor: Tensor) -> tuple[c_void_p, int]:
+def _typed(tensor: Tensor) -> tuple[int, int]:
     """Address, and whether bf16."""
-    return _at(tensor), int(tensor.dtype == torch.bfloat16)
+    return tensor.data_ptr(), int(tensor.dtype == torch.bfloat16)
 
 
 def _threads(elements: int) -> int:
