@@ -60,33 +60,34 @@ def run_int8(
     fused = OPERATORS[op]
     if not tokens.shape[0] or not values.shape[0]:
         return scale.new_empty(tokens.shape[0], values.shape[0] // (1 + fused), dtype=dtype)
-    tile = _checked(op, tokens, values, tile)
+    tile = _checked(op, tokens, values, tile, dtype)
     if isinstance(tile, HopperTile):
         return hopper_product(tokens, values, scale, bias, tile, fused, token_scale, dtype)
     assert isinstance(tile, TritonTile)
     return int8_triton_product(tokens, token_scale, values, scale, bias, dtype, tile, fused)
 
 
-def _checked(op: str, tokens: Tensor, values: Tensor, tile: Tile | None) -> Tile:
+def _checked(op: str, tokens: Tensor, values: Tensor, tile: Tile | None, dtype: torch.dtype | None = None) -> Tile:
     """The tile given, if its kernel can run the product, or else the one that `choose` returns."""
     if tile is None:
-        return choose(op, tokens, values)
-    if tile.serves(op) and can_run(tile, _product(op, tokens, values), card_of(tokens.device)):
+        return choose(op, tokens, values, dtype=dtype)
+    if tile.serves(op) and can_run(tile, _product(op, tokens, values, dtype), card_of(tokens.device)):
         return tile
     shape = f"{list(tokens.shape)} {tokens.dtype} activations and a weight {list(values.shape)}"
     raise ValueError(f"{tile} cannot run {op} of {shape} on {tokens.device}; give another tile, or none")
 
 
-def choose(op: str, tokens: Tensor, values: Tensor, of_user: bool = True) -> Tile:
+def choose(op: str, tokens: Tensor, values: Tensor, of_user: bool = True, dtype: torch.dtype | None = None) -> Tile:
     """The tile for contiguous activations [M, K] and an int8 weight [N, K]; M and N are at least 1.
 
     Args:
         of_user: whether tiles of `rowint8 tune` go before the shipped ones.
+        dtype: the output's, where it is not that of the activations.
 
     Raises:
         ValueError: the file of the user's tiles is damaged.
     """
-    return _choose(_product(op, tokens, values), tokens.device, of_user)
+    return _choose(_product(op, tokens, values, dtype), tokens.device, of_user)
 
 
 @cache
@@ -96,9 +97,11 @@ def _choose(product: Product, device: torch.device, of_user: bool) -> Tile:
     return pick_tile(product, card_of(device), tile_for(by_tokens, m))
 
 
-def _product(op: str, tokens: Tensor, values: Tensor) -> Product:
+def _product(op: str, tokens: Tensor, values: Tensor, dtype: torch.dtype | None = None) -> Product:
+    """For fp32 outputs the kernels in Gluon have no shared memory left."""
     (m, k), n = tokens.shape, values.shape[0]
-    return Product(op, m, n, k, tokens.element_size(), tokens.is_cuda and aligned(tokens, values))
+    by_gluon = tokens.is_cuda and dtype != torch.float32 and aligned(tokens, values)
+    return Product(op, m, n, k, tokens.element_size(), by_gluon)
 
 
 _ALIGNMENT = 16
@@ -112,13 +115,15 @@ def aligned(tokens: Tensor, values: Tensor) -> bool:
     return on_16_bytes and k > 0 and k % _ALIGNMENT == 0 and tokens.dtype in (torch.bfloat16, torch.float16, torch.int8)
 
 
-def tokens_by_tile(op: str, token: Tensor, values: Tensor, max_tokens: int) -> dict[Tile, int]:
+def tokens_by_tile(
+    op: str, token: Tensor, values: Tensor, max_tokens: int, dtype: torch.dtype | None = None
+) -> dict[Tile, int]:
     """Each tile that 1 to `max_tokens` tokens like this one, [1, K], take, and the smallest number that takes it."""
     n, k = values.shape
     by_tokens = user_tiles(token.device).get((op, n, k), {})
     tiles: dict[Tile, int] = {}
     for m in tokens_between_changes(max_tokens, by_tokens):
-        tiles.setdefault(choose(op, token.expand(m, -1), values), m)
+        tiles.setdefault(choose(op, token.expand(m, -1), values, dtype=dtype), m)
     return tiles
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from rowint8.kernels import checks, cpu, cpu_int8
-from rowint8.kernels.experts.checks import check_experts
+from rowint8.kernels.experts.checks import check_experts, check_experts_int8
 from rowint8.kernels.experts.cpu import experts as experts_cpu
+from rowint8.kernels.experts.cpu import experts_int8 as experts_int8_cpu
 
 
 def linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -198,6 +199,32 @@ def experts(
     return torch.ops.rowint8.experts.default(x, gate_up, gate_up_scale, down, down_scale, weights, ids, *given)
 
 
+def experts_int8(
+    x: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor,
+    down: Tensor,
+    down_scale: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    expert_map: Tensor | None,
+    block: int,
+    hidden_block: int,
+) -> Tensor:
+    """`experts` of "silu" without biases, with tokens and what is between the products rounded to INT8 as in
+    `quantize_tokens`. A token's result does not depend on the other tokens.
+
+    Args:
+        block, hidden_block: of the rotation of gate_up's and of down's columns; all else as in `experts`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together; or a card of another compute capability than 9.0,
+            fp32, or sizes off 16 on a GPU.
+    """
+    given = gate_up, gate_up_scale, down, down_scale, weights, ids, expert_map, block, hidden_block
+    return torch.ops.rowint8.experts_int8.default(x, *given)
+
+
 def _product(kernel: Callable[..., Tensor], x: Tensor, *weight: Tensor | None) -> Tensor:
     """Runs a kernel of [M, K] activations for any leading dimensions."""
     return _unflatten(kernel(_flatten(x), *weight), x)
@@ -285,6 +312,14 @@ def _experts_cuda(*given: Any) -> Tensor:
     return kernels(*given)
 
 
+def _experts_int8_cuda(*given: Any) -> Tensor:
+    from rowint8.kernels.experts.hopper import Rotation
+    from rowint8.kernels.experts.launch import experts as kernels
+
+    *layer, expert_map, block, hidden_block = given
+    return kernels(*layer, None, None, expert_map, rotation=Rotation(block, hidden_block))
+
+
 class _Operator(NamedTuple):
     schema: str
     check: Callable[..., None]
@@ -363,6 +398,15 @@ _OPERATORS = {
         run=_experts,
         cpu=experts_cpu,
         cuda=_experts_cuda,
+    ),
+    "experts_int8": _Operator(
+        "(Tensor x, Tensor gate_up, Tensor gate_up_scale, Tensor down, Tensor down_scale, Tensor weights, Tensor ids, "
+        "Tensor? expert_map, int block, int hidden_block) -> Tensor",
+        check=check_experts_int8,
+        outputs=lambda x, *_: x.new_empty(x.shape),
+        run=_experts,
+        cpu=experts_int8_cpu,
+        cuda=_experts_int8_cuda,
     ),
 }
 

@@ -80,7 +80,7 @@ def _launches(
         yield (op, n, k), (weight, 1)
         return
     token = torch.empty(1, k, dtype=_token_dtype(op, dtype), device=scratch.device)
-    for tile, m in dispatch.tokens_by_tile(op, token, _weight_in(scratch, weight), max_tokens).items():
+    for tile, m in dispatch.tokens_by_tile(op, token, _weight_in(scratch, weight), max_tokens, dtype).items():
         yield (has_bias, *dispatch.compilation(op, tile, n, k)), (weight, m)
 
 

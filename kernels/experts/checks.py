@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rowint8.kernels.checks import check_dtype
+from rowint8.kernels.checks import check_dtype, check_tokens
 
 ACTIVATIONS = ("silu", "swigluoai")
 
@@ -40,6 +40,24 @@ def check_experts(
     tensors = gate_up, gate_up_scale, down, down_scale, weights, ids, gate_up_bias, down_bias, expert_map
     if any(t is not None and t.device != x.device for t in tensors):
         raise ValueError(f"rowint8: activations are on {x.device}; experts and routing must be there too")
+
+
+def check_experts_int8(
+    x: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor,
+    down: Tensor,
+    down_scale: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    expert_map: Tensor | None,
+    block: int,
+    hidden_block: int,
+) -> None:
+    """Raises ValueError, in one line, unless they do."""
+    check_experts(x, gate_up, gate_up_scale, down, down_scale, weights, ids, expert_map=expert_map)
+    check_tokens(x, block)
+    check_tokens(x.new_empty(0, down.shape[2]), hidden_block)
 
 
 def _check_weight(name: str, values: Tensor, scale: Tensor, bias: Tensor | None) -> None:

@@ -10,11 +10,12 @@ from torch import Tensor
 from triton import knobs
 
 from rowint8.kernels.experts import products
+from rowint8.kernels.experts.hopper import Rotation, hopper_parts, hopper_serves
 from rowint8.kernels.experts.routing import Routing, route
 from rowint8.kernels.experts.tiles import ExpertsTile, pick_tile
 from rowint8.kernels.launch import blocks, dependent_launch, launch, traits
 from rowint8.kernels.tiles.card import card_of
-from rowint8.kernels.tiles.types import TritonTile
+from rowint8.kernels.tiles.types import HopperTile, TritonTile
 
 _DOT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _SUM_BLOCK = 1024
@@ -51,7 +52,8 @@ class _Call(NamedTuple):
 def experts(
     x: Tensor,
     *given: Any,
-    tile: ExpertsTile | None = None,
+    tile: ExpertsTile | HopperTile | None = None,
+    rotation: Rotation | None = None,
     out: Tensor | None = None,
     scratch: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
@@ -59,6 +61,7 @@ def experts(
 
     Args:
         tile: the one to run with, instead of the one that `pick_tile` returns.
+        rotation: of the weights' columns, where tokens are rounded to INT8; then the tile is one for INT8 tokens.
         out: where the result goes, contiguous [M, H] in x's dtype; None makes it.
         scratch: two contiguous tensors in x's dtype of at least M * k * max(H, I) elements, for what is between; `out`
             may lie in the first. None makes it.
@@ -69,10 +72,16 @@ def experts(
     if not M:
         return out
     all_experts = E if layer.expert_map is None else len(layer.expert_map)
-    tile = tile or pick_tile(M, topk, all_experts, x.element_size(), card_of(x.device))
+    by_tma = hopper_serves(x, layer.gate_up, layer.down, layer.activation, layer.limit, layer.gate_up_bias is not None)
+    itemsize = 1 if rotation else x.element_size()
+    tile = tile or pick_tile(M, topk, all_experts, itemsize, card_of(x.device), by_tma)
     activation = layer.activation == "swigluoai", layer.alpha, layer.limit
     call = _Call(x.device, x.dtype, topk, E, layer.expert_map is not None, activation)
-    if tile.block_m == 1:
+    if isinstance(tile, HopperTile):
+        weights = (layer.gate_up, layer.gate_up_scale), (layer.down, layer.down_scale)
+        parts, places = hopper_parts(x, *weights, layer.weights, layer.ids, layer.expert_map, tile, rotation)
+        _sum(parts, layer, call, out, places)
+    elif tile.block_m == 1:
         _pairs(x, layer, tile, call, scratch and scratch[1], out)
     else:
         routing = route(layer.ids, layer.expert_map, E, tile.block_m)
@@ -128,12 +137,12 @@ def _finished(constants: dict, call: _Call, cut: TritonTile) -> tuple[dict[str, 
     return constants | dict(DOT=dot, PDL=pdl), options
 
 
-def _sum(parts: Tensor, layer: Experts, call: _Call, out: Tensor) -> None:
+def _sum(parts: Tensor, layer: Experts, call: _Call, out: Tensor, places: Tensor | None = None) -> None:
     M, H = out.shape
     pdl = dependent_launch(call.device)
     block = min(_SUM_BLOCK, triton.next_power_of_2(H))
     constants = dict(TOPK=call.topk, HAS_MAP=call.has_map, BLOCK=block, PDL=pdl)
-    arguments = parts, layer.ids, layer.expert_map, out, H
+    arguments = parts, places, layer.ids, layer.expert_map, out, H
     variant = "sum", H, call, traits(*arguments[:-1])
     options = dict(num_warps=4, launch_pdl=pdl)
     launch(products.sum_kernel, variant, (M, blocks(H, block), 1), arguments, constants, options)

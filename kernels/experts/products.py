@@ -155,6 +155,7 @@ def grouped_kernel(
 @triton.jit
 def sum_kernel(
     parts,
+    places,
     ids,
     expert_map,
     out,
@@ -165,7 +166,7 @@ def sum_kernel(
     PDL: tl.constexpr,
 ):
     """Grid (M, blocks of H): a token's parts, added in the order of its experts; those that are not here are left
-    out."""
+    out. Parts are by the pair's number or, where there are `places`, by place."""
     overlap_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -173,7 +174,10 @@ def sum_kernel(
     for slot in tl.static_range(TOPK):  # type: ignore
         pair = token * TOPK + slot
         expert = expert_of(ids, expert_map, pair, True, HAS_MAP)
-        total += tl.load(parts + pair * H + h, mask=h < tl.where(expert >= 0, H, 0), other=0.0).to(tl.float32)
+        row = pair
+        if places is not None:
+            row = tl.load(places + pair, mask=expert >= 0, other=0).to(tl.int64)
+        total += tl.load(parts + row * H + h, mask=h < tl.where(expert >= 0, H, 0), other=0.0).to(tl.float32)
     tl.store(out + token * H + h, total.to(out.dtype.element_ty), mask=h < H)
 
 

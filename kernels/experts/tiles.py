@@ -79,6 +79,10 @@ def pick_tile(
     pairs = tokens * topk
     if itemsize > 1 and (tokens == 1 or pairs * _EXPERTS_A_PAIR <= experts):
         return _FEW if pairs <= _FEW_PAIRS else _PAIRS
+    if itemsize == 1 and not (by_tma and card.hopper_processors):
+        raise ValueError(
+            "rowint8: experts take INT8 tokens on cards of compute capability 9.0, in 16 bits, without biases"
+        )
     if by_tma and card.hopper_processors:
         mean = pairs / min(pairs, experts)
         return next(tile for most, tile in (_INT8 if itemsize == 1 else _HOPPER) if mean <= most)

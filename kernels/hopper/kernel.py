@@ -53,6 +53,8 @@ class Config(NamedTuple):
     group: int
     itemsize: int
     """Bytes of one activation: 2, or 1 for INT8 tokens, which are multiplied as they are."""
+    grouped: bool
+    """Whether the tokens of a tile are a block of one expert's."""
 
 
 @gluon.jit
@@ -65,9 +67,25 @@ def _block(tile, tiles_m, tiles_n, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _first_token(pid_m, M, WIDTH: gl.constexpr):
+def _tokens_of(pid_m, blocks, M, config: gl.constexpr):
+    """(expert, first token to be stored, the one behind the last) of a tile."""
+    WIDTH: gl.constexpr = config.block_m + config.tail
+    if config.grouped:
+        table, most_blocks = blocks
+        expert = gl.load(table + pid_m)
+        new = gl.load(table + most_blocks + pid_m)
+        end = gl.load(table + 2 * most_blocks + pid_m)
+    else:
+        expert = 0
+        new = pid_m * WIDTH
+        end = M
+    return expert, new, end
+
+
+@gluon.jit
+def _first_token(new, M, WIDTH: gl.constexpr):
     """Where a tile's tokens begin: the last tile ends at M, and what it shares with the one before is stored once."""
-    return gl.maximum(gl.minimum(pid_m * WIDTH, M - WIDTH), 0)
+    return gl.maximum(gl.minimum(new, M - WIDTH), 0)
 
 
 @gluon.jit
@@ -82,7 +100,7 @@ def _tail_token(first, M, config: gl.constexpr):
 def _produce(given, config: gl.constexpr):
     """Keeps the ring full. The first weights are on their way before the kernel in front has ended: nothing that runs
     beside this kernel writes weights, but the tokens may be that kernel's output."""
-    weight, x, x_tail, rings, tiles, M = given
+    weight, x, x_tail, rings, tiles, blocks, M, N = given
     w_ring, x_ring, tail_ring, full, empty = rings
     tiles_m, tiles_n, steps, waves = tiles
     DEEP: gl.constexpr = config.deep
@@ -95,23 +113,24 @@ def _produce(given, config: gl.constexpr):
     begin, end, _ = share(tiles_m * tiles_n, waves, steps)
     tile, first, last = turn_steps(0, waves, steps, begin, end, SHARED)
     _, pid_n = _block(tile, tiles_m, tiles_n, GROUP)
-    early = gl.minimum(last - first, min(EARLY, STAGES))
+    early = gl.minimum(last - first, 0 if config.grouped else min(EARLY, STAGES))
     for stage in range(early):
-        _load_weight(weight, w_ring, full, stage, pid_n, first + stage, config)
+        _load_weight(weight, w_ring, full, stage, pid_n, first + stage, 0, config)
     gdc_wait()
     stage = 0
     phase = 0
     for turn in range(turns(tiles_m * tiles_n, waves, steps, begin, end, SHARED)):
         tile, first, last = turn_steps(turn, waves, steps, begin, end, SHARED)
         pid_m, pid_n = _block(tile, tiles_m, tiles_n, GROUP)
-        token = _first_token(pid_m, M, BLOCK_M + TAIL)
+        expert, new, _ = _tokens_of(pid_m, blocks, M, config)
+        token = _first_token(new, M, BLOCK_M + TAIL)
         tail_token = _tail_token(token, M, config)
         for step in range(first, last):
             if early > 0:
                 early -= 1
             else:
                 mbarrier.wait(empty.index(stage), phase ^ 1)
-                _load_weight(weight, w_ring, full, stage, pid_n, step, config)
+                _load_weight(weight, w_ring, full, stage, pid_n, step, expert * N, config)
             for depth in gl.static_range(DEEP):
                 k = (step * DEEP + depth) * BLOCK_K
                 _load(x, [token, k], full.index(stage), x_ring.index(stage * DEEP + depth))
@@ -121,8 +140,9 @@ def _produce(given, config: gl.constexpr):
 
 
 @gluon.jit
-def _load_weight(weight, w_ring, full, stage, pid_n, step, config: gl.constexpr):
-    """Asks for the weights of a stage, and says how many bytes of it will come, tokens among them."""
+def _load_weight(weight, w_ring, full, stage, pid_n, step, above, config: gl.constexpr):
+    """Asks for the weights of a stage, and says how many bytes of it will come, tokens among them. `above`: rows of the
+    experts before."""
     ACROSS: gl.constexpr = config.across
     DEEP: gl.constexpr = config.deep
     ROWS: gl.constexpr = config.rows
@@ -135,7 +155,7 @@ def _load_weight(weight, w_ring, full, stage, pid_n, step, config: gl.constexpr)
         k = (step * DEEP + depth) * BLOCK_K
         for side in gl.static_range(ACROSS):
             block = pid_n * ACROSS + side
-            where = [block * (ROWS // 16), 0, 0, k] if FUSED else [block * ROWS, k]
+            where = [above // 8 + block * (ROWS // 16), 0, 0, k] if FUSED else [above + block * ROWS, k]
             _load(weight, where, arrived, w_ring.index((stage * DEEP + depth) * ACROSS + side))
 
 
@@ -149,7 +169,7 @@ def _after(stage, phase, STAGES: gl.constexpr):
 @gluon.jit
 def _consume(given, CONSUMER: gl.constexpr, config: gl.constexpr):
     """Multiplies this consumer's share of every tile of this program; the first in depth stores the result."""
-    out, token_scale, scale, bias, parts, flags, rings, deeper, tiles, M, N = given
+    out, token_scale, scale, bias, parts, flags, rings, deeper, tiles, blocks, M, N = given
     sums, tail_sums, summed, taken = deeper
     tiles_m, tiles_n, steps, waves = tiles
     FUSED: gl.constexpr = config.fused
@@ -181,8 +201,9 @@ def _consume(given, CONSUMER: gl.constexpr, config: gl.constexpr):
     for turn in range(count):
         tile, first, last = turn_steps(turn, waves, steps, begin, end, SHARED)
         pid_m, pid_n = _block(tile, tiles_m, tiles_n, GROUP)
+        expert, new, end_token = _tokens_of(pid_m, blocks, M, config)
         row = (pid_n * ACROSS + SIDE) * ROWS
-        factor, offset = factors_of(scale, bias, row, N, ROWS, FUSED, HAS_BIAS, ACC)
+        factor, offset = factors_of(scale + expert * N, bias, row, N, ROWS, FUSED, HAS_BIAS, ACC)
         acc = gl.zeros([ROWS, BLOCK_M], SUM, ACC)
         tail = gl.zeros([ROWS, max(TAIL, 8)], SUM, SECOND)
         if config.itemsize == 1:
@@ -215,15 +236,14 @@ def _consume(given, CONSUMER: gl.constexpr, config: gl.constexpr):
                     acc, tail = take(
                         acc, tail, parts, tail_parts, flags, tile, waves, steps, total, SIDE, ACROSS, TAIL, ACC, SECOND
                     )
-                token = _first_token(pid_m, M, BLOCK_M + TAIL)
-                new = pid_m * (BLOCK_M + TAIL)
-                finish(acc, factor, offset, token_scale, out, row, token, new, M, N, FUSED)
+                token = _first_token(new, M, BLOCK_M + TAIL)
+                finish(acc, factor, offset, token_scale, out, row, token, new, end_token, N, FUSED)
                 if TAIL > 0:
                     tail_token = _tail_token(token, M, config)
                     factors = gl.convert_layout(factor, gl.SliceLayout(1, SECOND))
                     offsets = gl.convert_layout(offset, gl.SliceLayout(1, SECOND))
                     tail_new = gl.maximum(new, token + BLOCK_M)
-                    finish(tail, factors, offsets, token_scale, out, row, tail_token, tail_new, M, N, FUSED)
+                    finish(tail, factors, offsets, token_scale, out, row, tail_token, tail_new, end_token, N, FUSED)
 
 
 @gluon.jit
@@ -325,11 +345,31 @@ def _widened(w_ring, x_ring, full, stage, phase, CONSUMER: gl.constexpr, config:
     return gl.convert_layout(both, gl.DotOperandLayout(0, ACC, k_width=2), assert_trivial=True)
 
 
-@gluon.jit(do_not_specialize=["M", "waves"])
-def hopper_kernel(weight, x, x_tail, token_scale, scale, bias, out, parts, flags, M, N, K, waves, config: gl.constexpr):
+@gluon.jit(do_not_specialize=["M", "most_blocks", "waves"])
+def hopper_kernel(
+    weight,
+    x,
+    x_tail,
+    token_scale,
+    scale,
+    bias,
+    out,
+    parts,
+    flags,
+    table,
+    block_count,
+    M,
+    N,
+    K,
+    most_blocks,
+    waves,
+    config: gl.constexpr,
+):
     """Grid: at most one program a multiprocessor. `weight` and `x` are TMA descriptors; `out` is [M, N], or [M, N / 2]
     for SwiGLU. INT8 tokens have a `token_scale`. Where programs share tiles, fp32 `parts` have room for the sums of one
     tile of each, zero int32 `flags` one for each consumer that has sums, and each program takes `waves` whole tiles.
+    Where tokens are `grouped` by expert, `table` and `block_count` are `Routing`'s, M counts pairs, and weight and
+    scale have the N rows of each expert in turn.
     """
     ACROSS: gl.constexpr = config.across
     DEEP: gl.constexpr = config.deep
@@ -362,13 +402,18 @@ def hopper_kernel(weight, x, x_tail, token_scale, scale, bias, out, parts, flags
     for place in gl.static_range(HANDED):
         mbarrier.init(summed.index(place), count=1)
         mbarrier.init(taken.index(place), count=1)
-    tiles_m = gl.cdiv(M, BLOCK_M + TAIL)
+    if config.grouped:
+        gdc_wait()
+        tiles_m = gl.load(block_count)
+    else:
+        tiles_m = gl.cdiv(M, BLOCK_M + TAIL)
     tiles_n = gl.cdiv(N, ACROSS * ROWS)
     steps = gl.cdiv(K, DEEP * BLOCK_K)
     rings = (w_ring, x_ring, tail_ring, full, empty)
     tiles = (tiles_m, tiles_n, steps, waves)
-    given = (out, token_scale, scale, bias, parts, flags, rings, (sums, tail_sums, summed, taken), tiles, M, N)
-    feed = (weight, x, x_tail, rings, tiles, M)
+    blocks = (table, most_blocks)
+    given = (out, token_scale, scale, bias, parts, flags, rings, (sums, tail_sums, summed, taken), tiles, blocks, M, N)
+    feed = (weight, x, x_tail, rings, tiles, blocks, M, N)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [(_consume, (given, 0, config)), (_consume, (given, 1, config)), (_produce, (feed, config))],

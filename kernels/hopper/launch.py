@@ -49,21 +49,52 @@ def hopper_product(
         parts = torch.empty(programs, tile.rows * tile.width, dtype=torch.float32, device=tokens.device)
         flags = _flags(tokens.device, driver.active.get_current_stream(tokens.device.index))  # type: ignore[attr-defined]
     variant = "hopper", fused, tile, N, K, out.dtype, traits(tokens, scale, bias)
-    weight = _weight_map(values.data_ptr(), N, K, tile.block_k, fused)
+    weight = _weight_map(values.data_ptr(), N // 2 if fused else N, K, tile.block_k, fused, N)
     x = _token_map(tokens.data_ptr(), M, K, tokens.dtype, tile.block_m, tile.block_k)
     x_tail = _token_map(tokens.data_ptr(), M, K, tokens.dtype, tile.tail or tile.block_m, tile.block_k)
-    arguments = weight, x, x_tail, token_scale, scale, bias, out, parts, flags, M, N, K, waves
+    arguments = weight, x, x_tail, token_scale, scale, bias, out, parts, flags, None, None, M, N, K, 0, waves
     launch(hopper_kernel, variant, (programs, 1, 1), arguments, _constants(tile, fused, bias is not None), _OPTIONS)
     return out
+
+
+def hopper_grouped(
+    tokens: Tensor,
+    token_scale: Tensor | None,
+    values: Tensor,
+    scale: Tensor,
+    table: Tensor,
+    block_count: Tensor,
+    tile: HopperTile,
+    out: Tensor,
+    fused: bool,
+) -> None:
+    """linear, or swiglu where `fused`, of tokens sorted by expert, into out [P, N] (or [P, N / 2]).
+
+    Args:
+        tokens: contiguous [P, K], 16-bit or, where the tile is for them, INT8.
+        token_scale: fp32 [P], by which the result of each token is multiplied; None for 1.
+        values: int8 [experts, N, K], contiguous; scale: fp16 [experts, N].
+        table: int32 [3, most_blocks], block_count: int32, as in `experts.routing.Routing`, for blocks of the tile's
+            width.
+    """
+    (P, K), (E, N, _) = tokens.shape, values.shape
+    most_blocks = table.shape[1]
+    variant = "hopper_grouped", fused, tile, E, N, K, traits(tokens, token_scale, scale, out)
+    weight = _weight_map(values.data_ptr(), E * N - N // 2 if fused else E * N, K, tile.block_k, fused, N)
+    x = _token_map(tokens.data_ptr(), P, K, tokens.dtype, tile.block_m, tile.block_k)
+    x_tail = _token_map(tokens.data_ptr(), P, K, tokens.dtype, tile.tail or tile.block_m, tile.block_k)
+    given = weight, x, x_tail, token_scale, scale, None, out, None, None, table, block_count, P, N, K, most_blocks, 0
+    programs = min(card_of(tokens.device).hopper_processors, most_blocks * -(-N // tile.rows))
+    launch(hopper_kernel, variant, (programs, 1, 1), given, _constants(tile, fused, False, True), _OPTIONS)
 
 
 _OPTIONS = dict(num_warps=4, launch_pdl=True)
 
 
 @cache
-def _constants(tile: HopperTile, fused: bool, has_bias: bool) -> dict[str, Config]:
+def _constants(tile: HopperTile, fused: bool, has_bias: bool, grouped: bool = False) -> dict[str, Config]:
     shape = tile.across, tile.deep, CONSUMER_ROWS, tile.block_m, tile.tail, tile.block_k, tile.stages
-    return {"config": Config(fused, has_bias, *shape, tile.shared, tile.group, tile.itemsize)}
+    return {"config": Config(fused, has_bias, *shape, tile.shared, tile.group, tile.itemsize, grouped)}
 
 
 _STREAMS = 64
@@ -98,8 +129,8 @@ def _flags_of_streams(device: torch.device, block: int) -> Tensor:
 
 
 @lru_cache(_DESCRIPTORS)
-def _weight_map(address: int, n: int, k: int, block_k: int, fused: bool) -> TensorMap:
-    return TensorMap(address, _weight_shape(n, k, block_k, fused))
+def _weight_map(address: int, rows: int, k: int, block_k: int, fused: bool, n: int) -> TensorMap:
+    return TensorMap(address, _weight_shape(rows, k, block_k, fused, n))
 
 
 @lru_cache(_DESCRIPTORS)
@@ -108,12 +139,13 @@ def _token_map(address: int, m: int, k: int, dtype: torch.dtype, rows: int, colu
 
 
 @cache
-def _weight_shape(n: int, k: int, block_k: int, fused: bool) -> MapShape:
-    """Blocks of one consumer's rows; for SwiGLU eight gate rows and their eight up rows in turn: [I / 8, 2, 8, K]."""
+def _weight_shape(rows: int, k: int, block_k: int, fused: bool, n: int) -> MapShape:
+    """Blocks of one consumer's rows; for SwiGLU eight gate rows and their eight up rows, n / 2 below, in turn:
+    [rows / 8, 2, 8, K]. The last of `rows` is the last gate row."""
     if not fused:
-        return _shape(torch.int8, (n, k), (k, 1), (CONSUMER_ROWS, block_k))
+        return _shape(torch.int8, (rows, k), (k, 1), (CONSUMER_ROWS, block_k))
     block = CONSUMER_ROWS // 16, 2, 8, block_k
-    return _shape(torch.int8, (n // 16, 2, 8, k), (8 * k, n // 2 * k, k, 1), block)
+    return _shape(torch.int8, (rows // 8, 2, 8, k), (8 * k, n // 2 * k, k, 1), block)
 
 
 @lru_cache(_DESCRIPTORS)

@@ -55,11 +55,12 @@ def check(m: int, n: int, k: int, device: str, bias: bool, dtype: torch.dtype, t
         assert torch.equal(out[-1:], alone)
 
 
-def check_swiglu(m: int, n: int, k: int, device: str, tile=None):
+def check_swiglu(m: int, n: int, k: int, device: str, dtype: torch.dtype, tile=None):
     given = case(m, n, k, device)
-    out = run_int8("swiglu_int8", *given, None, torch.float32, tile)
+    out = run_int8("swiglu_int8", *given, None, dtype, tile)
     gate, up = expected(*given, None).double().chunk(2, dim=-1)
-    torch.testing.assert_close(out.double(), torch.nn.functional.silu(gate) * up, rtol=2e-6, atol=1e-6, equal_nan=True)
+    close = 2e-6 if dtype == torch.float32 else 2.0**-8 + 2e-6
+    torch.testing.assert_close(out.double(), torch.nn.functional.silu(gate) * up, rtol=close, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("device", [interpreted, compiled])
@@ -68,7 +69,7 @@ def check_swiglu(m: int, n: int, k: int, device: str, tile=None):
 @pytest.mark.parametrize("shape", [(1, 2, 1), (3, 34, 64), (33, 70, 131)])
 def test_the_triton_kernel_sums_exactly(device, dtype, bias, shape):
     check(*shape, device, bias, dtype, TRITON)
-    check_swiglu(*shape, device, TRITON)
+    check_swiglu(*shape, device, torch.float32, TRITON)
 
 
 @pytest.mark.gpu
@@ -78,7 +79,7 @@ def test_the_hopper_kernel_sums_exactly(tile):
     for n, k in ((16, 16), (336, 1040), (1296, 4112)):
         for m in (1, tile.block_m, tile.width - 1, tile.width, 2 * tile.width + 3):
             check(m, n, k, "cuda", m % 2 == 0, torch.bfloat16, tile)
-            check_swiglu(m, n, k, "cuda", tile)
+            check_swiglu(m, n, k, "cuda", torch.bfloat16, tile)
 
 
 @pytest.mark.gpu
@@ -99,6 +100,14 @@ def test_tokens_that_tma_cannot_read_take_the_triton_kernel():
     tokens, _, values, _ = case(65, 96, 4104, "cuda")
     assert isinstance(choose("linear_int8", tokens, values), TritonTile)
     check(65, 96, 4104, "cuda", True, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_outputs_in_fp32_take_the_triton_kernel():
+    tokens, _, values, _ = case(65, 96, 4096, "cuda")
+    assert isinstance(choose("linear_int8", tokens, values, dtype=torch.float32), TritonTile)
+    check(65, 96, 4096, "cuda", True, torch.float32)
 
 
 @pytest.mark.gpu
