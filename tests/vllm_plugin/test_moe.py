@@ -1,6 +1,7 @@
 """Experts in INT8 inside the real engine (CPU build): tiny random models against transformers."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ pytest.importorskip("vllm")
 
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
-from rowint8.vllm_plugin.moe import why_unquantized
+from rowint8.vllm_plugin.moe import _scale_loader, why_unquantized
 
 pytestmark = pytest.mark.vllm
 
@@ -118,6 +119,22 @@ def test_stored_experts_equal_online_bit_for_bit(driver, mixtral, online, tmp_pa
     result = driver.works(folder, llm={**TINY, "quantization": None}, reload=str(folder))
     assert result.pop("same_memory") is True
     assert without_swiglu_calls(result) == without_swiglu_calls(online)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_reads_its_rows_of_an_experts_scales(rank):
+    layer: Any = SimpleNamespace(
+        moe_config=SimpleNamespace(tp_rank=rank), _map_global_expert_id_to_local_expert_id=lambda e: {7: 1}.get(e, -1)
+    )
+    load, scales = _scale_loader(layer), torch.arange(6.0).half()
+    gate_up, down = torch.zeros(2, 6).half(), torch.zeros(2, 6).half()
+    for shard, param in (("w1", gate_up), ("w3", gate_up), ("w2", down)):
+        assert load(param, scales + 10 * int(shard[1]), "w_scale", shard, 7, return_success=True) is True
+        assert load(param, scales, "w_scale", shard, 3, return_success=True) is False
+    rows = torch.arange(3.0) + 3 * rank
+    assert gate_up[1].tolist() == [*(rows + 10).tolist(), *(rows + 30).tolist()]
+    assert down[1].tolist() == (scales + 20).tolist()
+    assert not gate_up[0].any()
 
 
 W1 = EXPERTS.replace("routed_experts", "2.w1.weight")
