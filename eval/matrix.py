@@ -85,7 +85,7 @@ MEASUREMENTS = {
     "profile": Measurement("profile --batches 1,32", _setups("bf16-graph,int8-fused,int8-a8,vllm-bf16,vllm-rowint8")),
     "quality": Measurement(
         "quality --tasks lambada_openai,piqa,arc_easy,blimp_causative,wikitext "
-        "--backends transformers,baseline-rowint8,vllm-rowint8"
+        "--backends transformers,baseline-rowint8,baseline-rowint8-a8,vllm-rowint8,vllm-rowint8-a8"
     ),
     "agreement": Measurement("agreement --dtype float32"),
     "vllm-2": Measurement("bench vllm --config llama-3.1-70b --layers 64 --tensor-parallel-size 2", _SHARDED, gpus=2),

@@ -1,6 +1,5 @@
 """The commands `rowint8 bench ...`: speed."""
 
-import time
 from typing import Annotated, Optional
 
 import typer
@@ -63,10 +62,8 @@ def bench_vllm(
         llm = {**loading, **job.llm_arguments(folder, sizes, *parallel)}
 
         def run(name: str) -> list[VllmRow]:
-            start = time.monotonic()
-            result = speed.run_setup(SETUPS[name], llm, requests, repeats, bool(loading), job.SETUP_TIMEOUT)
-            rows = job.setup_rows(name, requests, result)
-            say(job.summary(rows, time.monotonic() - start))
+            rows, line = job.measure_setup(name, llm, requests, repeats, dummy=bool(loading))
+            say(line)
             return rows
 
         failed = kept.measure(names, run)

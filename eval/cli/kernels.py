@@ -145,8 +145,8 @@ def bench_kernels(
     import torch
 
     from rowint8.eval.kernels.bench import KernelBench
-    from rowint8.eval.kernels.plain import MODES
     from rowint8.eval.kernels.int8_bench import Int8Bench
+    from rowint8.eval.kernels.plain import MODES
 
     names = (["marlin", "machete", "gemlite"] if peers else []) + (["humming"] if humming else [])
     number_format = getattr(torch, dtype.value)

@@ -1,11 +1,20 @@
 """`bench vllm`: speed and memory of whole vLLM engines, rowint8 beside bf16 and what else vLLM offers in 8 bits."""
 
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rowint8.eval.engines.speed import GPU_MEMORY_UTILIZATION, MAX_BATCHED_TOKENS, Requests, Workload, measured_fields
+from rowint8.eval.engines.setups import SETUPS
+from rowint8.eval.engines.speed import (
+    GPU_MEMORY_UTILIZATION,
+    MAX_BATCHED_TOKENS,
+    Requests,
+    Workload,
+    measured_fields,
+    run_setup,
+)
 from rowint8.eval.results.schema import VllmRow
 
 SETUP_TIMEOUT = 1200.0
@@ -35,6 +44,24 @@ def llm_arguments(
     if decoding and not eager:
         arguments["compilation_config"] = {"cudagraph_capture_sizes": sorted(decoding)}
     return arguments
+
+
+def measure_setup(
+    setup: str, arguments: Mapping[str, Any], workloads: Sequence[Requests], repeats: int, dummy: bool
+) -> tuple[list[VllmRow], str]:
+    """The rows of one of SETUPS, measured in a new process, and a line on it.
+
+    Args:
+        arguments: of `vllm.LLM`, besides the setup's own.
+        dummy: the weights are random.
+
+    Raises:
+        EvalError: it failed or took too long.
+    """
+    start = time.monotonic()
+    result = run_setup(SETUPS[setup], arguments, workloads, repeats, dummy, SETUP_TIMEOUT)
+    rows = setup_rows(setup, workloads, result)
+    return rows, summary(rows, time.monotonic() - start)
 
 
 def setup_rows(setup: str, workloads: Sequence[Requests], result: dict[str, Any]) -> list[VllmRow]:

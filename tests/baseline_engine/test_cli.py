@@ -93,6 +93,8 @@ def test_text_on_stdout_and_metrics_on_stderr(smollm2):
     for name in ("TTFT", "ITL", "TPOT", "tok/s", "peak", "weights"):
         assert name in result.stderr
         assert name not in result.stdout
+    assert 'ended by "length"' in result.stderr
+    assert "KV" not in result.stderr, "it is in --json"
 
 
 def test_several_prompts_are_printed_with_their_numbers(smollm2):

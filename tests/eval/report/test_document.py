@@ -120,7 +120,7 @@ def cells(text, *start):
 def test_committed_document_is_what_the_results_give(name):
     folder = ROOT / "results"
     wanted = documents(folder, read_folder(folder))[ROOT / name]
-    assert (ROOT / name).read_text(encoding="utf-8") == wanted, "run `rowint8 report` and commit what it writes"
+    assert (ROOT / name).read_text(encoding="utf-8") == wanted, "run `rowint8 report --mixed` and commit what it writes"
 
 
 def test_what_is_not_measured_has_no_section_and_its_parts_are_tbd(tmp_path):
