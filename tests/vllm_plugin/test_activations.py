@@ -1,6 +1,7 @@
 """INT8 activations in vLLM: which graphs the passes rewrite, what a layer holds, and what the real engine says."""
 
 import json
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from rowint8.kernels.quantize import dequantize, quantize_rowwise
 from rowint8.vllm_plugin import compat
 from rowint8.vllm_plugin import config as config_module
 from rowint8.vllm_plugin.config import RowInt8Config
+from rowint8.vllm_plugin.linear import RowInt8LinearMethod
 from rowint8.vllm_plugin.norm_fusion import NormFusion
 from rowint8.vllm_plugin.passes import Passes
 from rowint8.vllm_plugin.swiglu_fusion import SwigluFusion
@@ -178,6 +180,17 @@ def test_a_checkpoint_and_options_that_disagree_are_refused(tmp_path, stored, ch
     assert message in str(error.value)
 
 
+def test_a_part_of_the_columns_that_cuts_a_block_is_refused():
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    with set_current_vllm_config(VllmConfig()):
+        method = RowInt8LinearMethod("model.o_proj", RowInt8Config(**A8))
+    assert (method._rotation_block(512, 256), method._rotation_block(160, 160)) == (256, 32)
+    with pytest.raises(ValueError, match=r"model\.o_proj: a rank holds 128 of 512 columns") as error:
+        method._rotation_block(512, 128)
+    assert str(error.value).endswith('rotated blocks of 256; take fewer ranks, or "rotation_block": 128')
+
+
 class RoundedLinear(torch.nn.Module):
     """A linear layer with INT8 weights and activations, through the operators."""
 
@@ -277,15 +290,16 @@ def test_the_compiled_engine_rounds_in_the_norm_and_says_the_same(tiny, rounded,
 
 
 @pytest.mark.vllm
-def test_two_ranks_agree_with_one_and_refuse_blocks_that_they_would_cut(tiny, tmp_path):
+def test_two_ranks_agree_with_one_but_for_the_scales_of_their_parts_of_a_token(tiny, tmp_path):
     driver = Driver(tmp_path / "log", VLLM_CPU_OMP_THREADS_BIND="0|1")
     llm = options(rotation_block=16, **A8)
     alone = driver.works(tiny, llm=llm)
     split = driver.works(tiny, llm={**llm, "tensor_parallel_size": 2})
-    driver.fails(tiny, llm={**options(**A8), "tensor_parallel_size": 2})
     driver.stop()
-    assert_close(split["prompt_logprobs"], alone["prompt_logprobs"], 3 * FLIPS)
     down = "model.layers.0.mlp.down_proj"
     assert all(rank[down]["weight_scale"] == alone["layers"][down]["weight_scale"] for rank in split["ranks"])
-    refusal = 'a rank holds 32 of 64 columns, not whole rotated blocks of 64; take fewer ranks, or "rotation_block": 32'
-    assert refusal in (tmp_path / "log").read_text()
+    positions = (chain.from_iterable(result["prompt_logprobs"]) for result in (split, alone))
+    for ours, theirs in zip(*positions, strict=True):
+        both = ours.keys() & theirs.keys()  # the prompt's token, and likely ones, which may change places
+        assert both
+        assert [ours[token] for token in both] == pytest.approx([theirs[token] for token in both], abs=0.3)

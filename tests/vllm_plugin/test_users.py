@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
-from rowint8.kernels.quantize import dequantize, quantize_rowwise
+from rowint8.kernels.quantize import Int8Weight, dequantize, quantize_rowwise
 from tests.vllm_plugin.harness import (
     PROMPTS,
     SAMPLING,
@@ -58,7 +58,7 @@ def test_the_embedding_alone_becomes_int8(driver, tiny, online):
     assert result["layers"]["model.embed_tokens"] == {"method": "RowInt8EmbeddingMethod", **stored}
     assert result["layers"]["lm_head"] == online["layers"]["lm_head"]
     model = oracle(tiny)
-    model.model.embed_tokens.weight.data = dequantize((values, scale))
+    model.model.embed_tokens.weight.data = dequantize(Int8Weight(values, scale))
     assert_follows(result, PROMPTS, lambda tokens: model(tokens).logits)
 
 
