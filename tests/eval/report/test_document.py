@@ -1,11 +1,13 @@
 """rowint8.eval.report: committed documents are what the JSON gives, the missing is TBD, the impossible stops it."""
 
+import io
 import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from rowint8.eval.errors import EvalError
 from rowint8.eval.markdown import fill, table
@@ -14,6 +16,7 @@ from rowint8.eval.plots import pictures
 from rowint8.eval.processes import console_script
 from rowint8.eval.report.document import documents, parts, read_folder, refuse_mixed, report
 from rowint8.eval.report.kernels import compiler_table, tallies
+from rowint8.eval.report.quality import fidelity_table
 from rowint8.eval.results.environment import describe_environment
 from rowint8.eval.results.files import Results, read_results, write_results
 from rowint8.eval.results.roofline import best_peer
@@ -246,6 +249,14 @@ def test_negative_times_and_unknown_keys_are_named(tmp_path):
         (tmp_path / "engine-h100.json").write_text(json.dumps(broken))
         with pytest.raises(EvalError, match=rf"engine-h100\.json: rows\.0\..*{message}"):
             read_folder(tmp_path)
+
+
+def test_the_table_of_fidelity_fits_80_columns():
+    longest = replace(FIDELITY, setup="rowint8-a8+lm_head", nll_difference=-0.00123, kl_mean=0.00306, kl_p99=0.0195)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(fidelity_table([FIDELITY, longest]))
+    (line,) = [line.split() for line in console.export_text().splitlines() if "lm_head" in line]
+    assert line == ["rowint8-a8+lm_head", "17.2500", "-0.00123", "±", "0.00050", "0.00306", "0.0195", "97.50%"]
 
 
 def test_our_own_parts_are_no_peers():
