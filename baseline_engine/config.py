@@ -83,9 +83,9 @@ class EngineConfig(_Checked):
     """Most requests that run at the same time."""
     max_batch_tokens: Annotated[int, Interval(ge=1, le=2**20)] = 8192
     """Most tokens that one step computes; longer prompts are prefilled in pieces."""
-    max_context: Annotated[int, Ge(1)] | None = None
+    max_context: Annotated[int, Ge(2)] | None = None
     """Most tokens of a prompt and its output. Default: as many as the model and the cache take."""
-    cache_tokens: Annotated[int, Ge(1)] | None = None
+    cache_tokens: Annotated[int, Ge(2)] | None = None
     """Tokens that the KV cache holds. Default: on a GPU what memory_fraction leaves, on the CPU 16384."""
     memory_fraction: Annotated[float, Gt(0), Le(1)] = 0.9
     """Share of the GPU's memory for weights, activations and KV cache together."""

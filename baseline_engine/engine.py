@@ -246,6 +246,7 @@ class Engine:
         start = perf_counter()
         if not isinstance(params, SamplingParams):
             raise EngineError(f"sampling parameters are {shown(params)}; give a SamplingParams")
+        self._check_size(prompt, index)
         token_ids = self.encode(prompt, chat=chat)
         if not token_ids:
             raise EngineError(f"prompt {index + 1} is empty; at least one token is needed")
@@ -254,6 +255,9 @@ class Engine:
             raise EngineError(f"prompt {index + 1} has {len(token_ids)} tokens; the context takes up to {most}")
         if params.stop and self.tokenizer is None:
             raise EngineError("the model has no tokenizer files, which stop strings need; give stop_token_ids")
+        last = self.model_config.vocab_size - 1
+        if (stop_id := max(params.stop_token_ids, default=0)) > last:
+            raise EngineError(f"stop_token_ids holds {shown(stop_id)}; the vocabulary is 0 to {last}")
         eos = () if params.ignore_eos else self.model_config.eos_token_ids
         return Request(
             index=index,
@@ -265,6 +269,14 @@ class Engine:
             text=TextOutput(self.tokenizer.stream(), params.stop) if self.tokenizer else None,
             start=start,
         )
+
+    def _check_size(self, prompt: Prompt, index: int) -> None:
+        """A text of 20 MB takes a tokenizer 40 seconds and 4 GB of memory."""
+        if self.tokenizer and isinstance(prompt, str) and len(prompt) > self.context * self.tokenizer.longest:
+            raise EngineError(
+                f"prompt {index + 1} has {len(prompt)} characters; the context takes up to {self.context - 1} tokens, "
+                f"of at most {self.tokenizer.longest} characters"
+            )
 
     def encode(self, prompt: Prompt, *, chat: bool = False) -> list[int]:
         """Token ids of a prompt, checked; see `prompts.encode`."""

@@ -34,6 +34,8 @@ class Tokenizer:
                 token_id for token_id, token in self._tokenizer.added_tokens_decoder.items() if token.special
             }
             self._byte_ids = _byte_fallback_ids(self._backend)
+            self.longest = max(map(len, self._tokenizer.get_vocab()))
+            """Characters of the longest token; no text has more of them a token."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a plain prompt."""

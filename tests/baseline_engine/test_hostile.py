@@ -285,6 +285,21 @@ def test_a_prompt_that_the_model_has_no_tokens_for_is_one_line(talker, prompt):
     assert_all_memory_returned(talker)
 
 
+@pytest.mark.parametrize("token_id", [262, 10**30])
+def test_a_stop_token_that_the_model_cannot_give_is_refused(talker, token_id):
+    params = SamplingParams(max_tokens=1, stop_token_ids=(3, token_id))
+    with pytest.raises(EngineError, match=rf"stop_token_ids holds {token_id}; the vocabulary is 0 to 261"):
+        talker.generate(["the"], params)
+    assert_all_memory_returned(talker)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_text_that_no_context_takes_is_not_tokenized(talker, monkeypatch, chat):
+    monkeypatch.setattr(talker.tokenizer, "_tokenizer", None)
+    with pytest.raises(EngineError, match=r"prompt 2 has 1000000 characters; the context takes up to 127 tokens"):
+        talker.make_request("x" * 1_000_000, SamplingParams(), chat=chat, index=1)
+
+
 @pytest.mark.parametrize(
     "values",
     [
