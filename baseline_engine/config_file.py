@@ -269,6 +269,7 @@ class _Qwen3(_Qwen2):
 class _Qwen3Moe(_Qwen3):
     model_type: Literal["qwen3_moe"] | None = None
     num_key_value_heads: _Size | None = 4
+    head_dim: _Size | None = None
     num_experts: _Size = Field(default=128, validation_alias=AliasChoices("num_experts", "num_local_experts"))
     num_experts_per_tok: _Size = 8
     moe_intermediate_size: _Size = 768

@@ -156,15 +156,18 @@ def test_a_missing_file_is_named(tmp_path):
         ("Mistral", 8, 2**17, 2, (2,)),
         ("Qwen2", 32, 2**15, 2, ()),
         ("Qwen3", 32, 2**15, 128, ()),
+        ("Qwen3Moe", 4, 2**15, 2, ()),
+        ("Mixtral", 8, 2**17, 2, (2,)),
     ],
 )
 def test_what_is_left_out_is_what_transformers_has_for_the_family(tmp_path, family, heads, context, head_dim, eos):
     config = read(tmp_path, architectures=[f"{family}ForCausalLM"], num_attention_heads=32)
     assert (config.num_kv_heads, config.max_position_embeddings, config.head_dim) == (heads, context, head_dim)
     assert config.eos_token_ids == eos
-    theirs = AutoConfig.for_model(family.lower(), num_attention_heads=32, hidden_size=64)
+    theirs = AutoConfig.for_model(family.lower().replace("moe", "_moe"), num_attention_heads=32, hidden_size=64)
     assert theirs.num_key_value_heads == heads
     assert theirs.max_position_embeddings == context
+    assert getattr(theirs, "head_dim", None) in (head_dim, None)
     assert (theirs.eos_token_id,) * bool(eos) == eos
 
 
