@@ -29,7 +29,7 @@ _ARGUMENTS = {
     "scale_sums": (*[_AT] * 4, *[_SIZE] * 2, _AT, _FLAG, _FLAG),
     "swiglu_sums": (*[_AT] * 3, *[_SIZE] * 2, _AT, _FLAG, _FLAG),
 }
-"""Of the functions in the C file, which return nothing."""
+"""Argument types of the functions in the C file, which return nothing."""
 
 
 @cache

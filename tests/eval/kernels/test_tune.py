@@ -133,7 +133,7 @@ def test_kernels_that_shapes_share_are_compiled_once():
 )
 def test_candidates_are_tiles_that_a_file_may_hold(op, m, card, tmp_path_factory):
     tiles = candidates(op, m, SHARED_MEMORY[card], on_hopper=card == "sm90")
-    assert 4 <= len(tiles) <= 120
+    assert 2 <= len(tiles) <= 120
     assert len(set(tiles)) == len(tiles)
     path = tmp_path_factory.mktemp("tune") / "tiles.json"
     write_tiles(path, card, {(op, 1024, 4096): dict(enumerate(tiles, 1))})
