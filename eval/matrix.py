@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 STOP_TIMEOUT = 20.0
 """Seconds that a measurement has to end its engines, before it is killed with them."""
 _VLLM = "0.33"
-"""Of a release, but for the file that says another."""
+"""The version that a release is measured on, but for the file that says another."""
 _BATCHES = "1x128x128,8x128x128,32x128x128,128x128x128,256x128x128"
 _PROMPTS = "1x1100x1,1x2048x1,8x1024x1"
 
@@ -39,7 +39,7 @@ class Measurement:
     """One result file."""
 
     arguments: str
-    """Of `rowint8`."""
+    """Arguments of `rowint8`."""
     pieces: tuple[str, ...] = ()
     """More arguments of each command that appends to the file; () where one command writes it."""
     gpus: int = 1

@@ -33,7 +33,7 @@ _READY_S: dict[str, float] = {"vllm_int8": 60, "vllm_bf16": 60, "vllm_fp8": 60, 
 _DENSE_FROM = 1024
 _FEW_TOKENS = 256
 _SCALE = 1 / 3000
-"""Of random INT8 rows, which keeps the size of activations about as it is."""
+"""Scale of random INT8 rows, which keeps the size of activations about as it is."""
 
 
 class Weights(NamedTuple):

@@ -350,7 +350,7 @@ class KernelRow:
     compiler: Annotated[dict[Name, Compilation] | None, Field(exclude_if=lambda value: value is None)] = None
     """For the entries of `us` that torch.compile made; absent where there are none."""
     experts_used: Annotated[Positive | None, Field(exclude_if=lambda value: value is None)] = None
-    """Of `experts`, whose gate_up is [N, K] and down [K, N / 2]: how many a call reads, in the mean."""
+    """Experts that a call of `experts` reads, whose gate_up is [N, K] and down [K, N / 2], in the mean."""
     topk: Annotated[Count | None, Field(exclude_if=lambda value: value is None)] = None
     """Experts a token, likewise."""
 
