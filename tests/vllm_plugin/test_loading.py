@@ -94,5 +94,5 @@ def test_a_truncated_file_is_refused(driver, tiny, tmp_path):
 
 def test_unknown_options_and_dtypes_are_refused(driver, tiny):
     error = driver.fails(tiny, llm=options(ignored=["lm_head"]))
-    assert "rowint8: unknown option ignored; accepted are quant_method, serialized, ignore" in error
+    assert "rowint8: unknown option ignored; accepted are quant_method, ignore, activations, rotation_block, " in error
     assert "float64" in driver.fails(tiny, llm={**TINY, "dtype": "float64"})
