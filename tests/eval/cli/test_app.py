@@ -46,7 +46,7 @@ def test_cli_imports_nothing_heavy():
         (("demo", "--model", "/nowhere", "--no-vllm"), "/nowhere is not a model folder"),
         (("quality", "--dtype", "int3"), "accepted are bfloat16, float16 and float32"),
         (("quality", "--backends", "vllm,hf"), "--backends has 'hf'; accepted are transformers, baseline, "),
-        (("quality", "--tasks", "piqa", "--data", "tests"), "--data tests has no file for piqa; put its validation split there"),
+        (("quality", "--tasks", "piqa", "--data", "tests"), "--data tests has no file for piqa; put its"),
         (("demo-model", "--out", "/proc/version"), "not a whole model"),
         (("bench", "kernels", "--shapes", "o,up"), "--shapes has up; accepted are llama-3.1-8b, "),
         (("bench", "kernels", "--tokens", "1,x"), "--tokens has 'x'; give whole numbers above 0"),
