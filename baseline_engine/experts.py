@@ -55,7 +55,7 @@ class MixtureOfExperts(nn.Module):
         return *gate_up, *down
 
     def _int8(self, x: Tensor, shares: Tensor, ids: Tensor) -> Tensor:
-        return ops.experts(x, *self.int8_weights(), shares, ids)
+        return ops.experts(x, *self.int8_weights(), shares, ids.int())  # int32 is what the warm-up compiles for
 
     def _plain(self, x: Tensor, shares: Tensor, ids: Tensor) -> Tensor:
         """Sorts pairs of a token and an expert by expert, multiplies each expert's at once, and sorts back."""

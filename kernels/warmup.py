@@ -9,11 +9,11 @@ Not covered are tensors that no engine passes: activations at addresses off 16 b
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from time import perf_counter
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,13 +59,18 @@ def warmup(weights: Iterable[WeightShape], dtype: torch.dtype, device: torch.dev
     for weight in shapes:
         for variant, launch in _launches(weight, scratch, dtype, max_tokens):
             groups[variant].append(launch)
+    in_threads(partial(_launch, scratch=scratch, dtype=dtype), groups.values(), device)
+    return Ready(len(groups), perf_counter() - start)
+
+
+def in_threads(launch: Callable[[Any], None], items: Iterable[Any], device: torch.device) -> None:
+    """Launches something for each item, in threads: kernels are compiled side by side. Returns when all have run."""
     driver.active.get_current_target()  # Triton makes its driver at first use, which is not safe in threads
     threads = min(_THREADS, os.cpu_count() or 1)
     # A new thread has no CUDA context, which tensor descriptors need, until it first calls the CUDA runtime.
     with ThreadPoolExecutor(threads, initializer=torch.cuda.synchronize, initargs=(device,)) as pool:
-        list(pool.map(partial(_launch, scratch=scratch, dtype=dtype), groups.values()))
+        list(pool.map(launch, items))
     torch.cuda.synchronize(device)
-    return Ready(len(groups), perf_counter() - start)
 
 
 def _launches(

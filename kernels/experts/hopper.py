@@ -82,7 +82,7 @@ def gather(x: Tensor, token_scale: Tensor | None, weights: Tensor, routing: Rout
     scale = None if token_scale is None else of_token
     places = torch.empty(pairs, dtype=torch.int32, device=device)
     tensors = x, token_scale, weights, rows, scale, of_pair, places, routing.order, routing.blocks
-    arguments = *tensors, routing.counts[-1:], pairs, routing.most_blocks, K
+    arguments = *tensors, routing.block_count, pairs, routing.most_blocks, K
     pdl = dependent_launch(device)
     constants = dict(TOPK=topk, BLOCK=min(2048, triton.next_power_of_2(K)), PDL=pdl)
     variant = "gather", K, topk, traits(x, token_scale, weights)
@@ -107,7 +107,7 @@ def hopper_parts(
         tile: one for INT8 tokens where there is a `rotation`.
     """
     routing = route(ids, expert_map, len(down[0]), tile.width)
-    count = routing.counts[-1:]
+    count = routing.block_count
     tokens, token_scale = quantize_tokens(x, rotation.of_tokens) if rotation else (x, None)
     placed = gather(tokens, token_scale, weights, routing, ids.shape[1])
     pairs, I = ids.numel(), down[0].shape[2]

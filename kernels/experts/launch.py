@@ -75,7 +75,8 @@ def experts(
     by_tma = hopper_serves(x, layer.gate_up, layer.down, layer.activation, layer.limit, layer.gate_up_bias is not None)
     itemsize = 1 if rotation else x.element_size()
     tile = tile or pick_tile(M, topk, all_experts, itemsize, card_of(x.device), by_tma)
-    activation = layer.activation == "swigluoai", layer.alpha, layer.limit
+    oai = layer.activation == "swigluoai"
+    activation = oai, layer.alpha if oai else 1.0, layer.limit  # "silu" has no alpha to compile for
     call = _Call(x.device, x.dtype, topk, E, layer.expert_map is not None, activation)
     if isinstance(tile, HopperTile):
         weights = (layer.gate_up, layer.gate_up_scale), (layer.down, layer.down_scale)

@@ -30,6 +30,11 @@ class Routing(NamedTuple):
     """int32 [experts + 1]: each expert's pairs, then the number of blocks."""
 
     @property
+    def block_count(self) -> Tensor:
+        """int32 [1]: how many blocks there are."""
+        return self.counts.narrow(0, len(self.counts) - 1, 1)
+
+    @property
     def most_blocks(self) -> int:
         """What the host knows of the number of blocks: no routing has more."""
         return self.blocks.shape[1]

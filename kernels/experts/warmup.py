@@ -1,23 +1,17 @@
 """Compiles and loads, before the first request, the kernels that a layer of experts can need (see
 `kernels/warmup.py`)."""
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from time import perf_counter
 
 import torch
 from torch import Tensor
-from triton.runtime import driver
 
 from rowint8.kernels.experts.hopper import Rotation, hopper_serves
 from rowint8.kernels.experts.launch import experts
 from rowint8.kernels.experts.tiles import ExpertsTile, pick_tile
 from rowint8.kernels.tiles.card import card_of
 from rowint8.kernels.tiles.types import HopperTile
-from rowint8.kernels.warmup import Ready
-
-_THREADS = 8
+from rowint8.kernels.warmup import Ready, in_threads
 
 
 def warmup(
@@ -52,11 +46,7 @@ def warmup(
             given = torch.ones(m, topk, device=device), ids, None, None, expert_map, *activation
             experts(x, *layer, *given, rotation=rotation)
 
-    driver.active.get_current_target()  # as in `kernels/warmup.py`
-    threads = min(_THREADS, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads, initializer=partial(torch.cuda.synchronize, device)) as pool:
-        list(pool.map(run, counts.values()))
-    torch.cuda.synchronize(device)
+    in_threads(run, counts.values(), device)
     return Ready(len(counts), perf_counter() - start)
 
 

@@ -11,12 +11,16 @@ import os
 import random
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from rowint8.eval.kernels.shapes import select_shapes
 from rowint8.eval.kernels.tune import write_tiles
 from rowint8.kernels.dispatch import OPERATORS
+from rowint8.kernels.experts.hopper import Rotation
+from rowint8.kernels.experts.launch import experts
+from rowint8.kernels.experts.warmup import warmup as warmup_experts
 from rowint8.kernels.tiles.types import HOPPER_TILES, Tile, TritonTile
 from rowint8.kernels.warmup import WeightShape, warmup
 from tests.kernels.fake_cards import Launch, install, on_card, recorded
@@ -48,6 +52,27 @@ def compare(
     return dict(case=name, warmed=len(warmed), variants=ready[0].kernels, missing=missing, beyond=beyond)
 
 
+def compare_experts(card: str, limit: int, rotation: Rotation | None) -> dict:
+    """The same for the experts of Qwen3-30B-A3B as the small engine calls them."""
+    ready = []
+    with on_card(card) as device:
+        sizes = (128, 1536, 2048), (128, 1536), (128, 2048, 768), (128, 2048)
+        layer: Any = tuple(
+            torch.empty(size, dtype=torch.int8 if len(size) == 3 else torch.float16, device=device) for size in sizes
+        )
+        warmed = recorded(lambda: ready.append(warmup_experts(layer, 8, torch.bfloat16, limit, rotation=rotation)))
+
+        def run(m: int) -> None:
+            x = torch.empty(m, 2048, dtype=torch.bfloat16, device=device)
+            weights, ids = (torch.empty(m, 8, dtype=each, device=device) for each in (torch.float32, torch.int32))
+            experts(x, *layer, weights, ids, None, None, None, "silu", 1.702, None, rotation=rotation)
+
+        drawn = random.sample(range(1, limit + 1), _DRAWS)
+        missing = [f"experts {m}: {kernel}" for m in drawn for kernel in recorded(lambda: run(m)) - warmed]  # noqa: B023
+    name = f"{card} experts {rotation} {limit}"
+    return dict(case=name, warmed=len(warmed), variants=ready[0].kernels, missing=missing, beyond=False)
+
+
 def _use(tiles: dict[int, Tile], card: str, shapes: list[WeightShape]) -> None:
     """Writes them to a file for each product, from which this process takes them."""
     path = Path(tempfile.mkdtemp()) / "tiles.json"
@@ -67,6 +92,7 @@ CASES = [
     ("sm90", "llama-3.1-70b-tp8", False, torch.bfloat16, 5, range(1, 6), {}),
     ("sm90", "llama-3.1-8b", False, torch.bfloat16, 100, range(1, 101), TILES),
 ]
+EXPERTS = [("sm80", 3000, None), ("sm90", 3000, None), ("sm90", 8192, Rotation(256, 256))]
 BEYOND = ("sm80", "llama-3.1-8b", False, torch.bfloat16, 16, range(1000, 1001), {})
 
 
@@ -74,4 +100,6 @@ if __name__ == "__main__":
     install()
     with multiprocessing.get_context("fork").Pool(maxtasksperchild=1) as pool:  # a process for each: choices are kept
         for case in pool.starmap(compare, [*CASES, BEYOND], chunksize=1):
+            print(json.dumps(case), flush=True)
+        for case in pool.starmap(compare_experts, EXPERTS, chunksize=1):
             print(json.dumps(case), flush=True)
