@@ -12,7 +12,6 @@ from torch import Tensor
 
 from rowint8.kernels.few_tokens import few_tokens_product
 from rowint8.kernels.hopper.launch import hopper_product
-from rowint8.kernels.int8_matmul import int8_triton_product
 from rowint8.kernels.tiles.card import card_of
 from rowint8.kernels.tiles.pick import Product, can_run, pick_tile, tokens_between_changes
 from rowint8.kernels.tiles.types import FewTokensTile, HopperTile, Tile, TritonTile
@@ -61,10 +60,7 @@ def run_int8(
     if not tokens.shape[0] or not values.shape[0]:
         return scale.new_empty(tokens.shape[0], values.shape[0] // (1 + fused), dtype=dtype)
     tile = _checked(op, tokens, values, tile, dtype)
-    if isinstance(tile, HopperTile):
-        return hopper_product(tokens, values, scale, bias, tile, fused, token_scale, dtype)
-    assert isinstance(tile, TritonTile)
-    return int8_triton_product(tokens, token_scale, values, scale, bias, dtype, tile, fused)
+    return _LAUNCHERS[type(tile)](tokens, values, scale, bias, tile, fused, token_scale, dtype)
 
 
 def _checked(op: str, tokens: Tensor, values: Tensor, tile: Tile | None, dtype: torch.dtype | None = None) -> Tile:

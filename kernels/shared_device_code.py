@@ -34,3 +34,14 @@ def silu_times(gate, up):
     else:
         out = tl.inline_asm_elementwise(_SILU_TIMES, "=f,f,f", [gate, up], dtype=tl.float32, is_pure=True, pack=1)
     return out
+
+
+@triton.jit
+def weight_rows(pid, N, BLOCK_N: tl.constexpr, FUSED: tl.constexpr):
+    """Rows [BN] of the weight that a program multiplies, clamped in range: N outputs have N rows, or 2N for SwiGLU."""
+    if FUSED:
+        n = tl.arange(0, BLOCK_N)
+        rows = tl.minimum(pid * (BLOCK_N // 2) + n // 2, N - 1) + (n % 2) * N
+    else:
+        rows = tl.minimum(pid * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
+    return rows.to(tl.int64)

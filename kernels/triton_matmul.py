@@ -1,9 +1,9 @@
 """The INT8 product in Triton, for every card, number of tokens and dtype: device code and launcher.
 
-There is a kernel for one token, on CUDA cores, and one for many, on tensor cores. Where FUSED they compute SwiGLU:
-out[M, N] = silu(x @ gate^T) * (x @ up^T) over a [2N, K] weight, gate rows over up rows. A program's weight block then
-holds BLOCK_N / 2 gate rows and the same up rows, alternating, so the loop over K is the one of the linear layer and the
-pair meets in the epilogue: the [M, 2N] intermediate is never written.
+There is a kernel for one token, on CUDA cores (`one_token`), and one for many, on tensor cores. Where FUSED they
+compute SwiGLU: out[M, N] = silu(x @ gate^T) * (x @ up^T) over a [2N, K] weight, gate rows over up rows. A program's
+weight block then holds BLOCK_N / 2 gate rows and the same up rows, alternating, so the loop over K is the one of the
+linear layer and the pair meets in the epilogue: the [M, 2N] intermediate is never written.
 """
 
 from functools import cache
@@ -16,15 +16,19 @@ from torch import Tensor
 from triton import knobs
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from rowint8.kernels.int8_convert import FOUR_TO_FP16, FOUR_TO_FP32
+from rowint8.kernels.int8_convert import FOUR_TO_FP16
 from rowint8.kernels.launch import blocks, dependent_launch, launch, traits
-from rowint8.kernels.shared_device_code import PREFETCH, silu_times
+from rowint8.kernels.one_token import one_token_kernel
+from rowint8.kernels.shared_device_code import PREFETCH, silu_times, weight_rows
 from rowint8.kernels.tiles.types import TritonTile
 
-_TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-"""What the operands of a product are widened to: the activations' dtype, as INT8 values are exact in all three."""
-_RUN = tl.constexpr(8)
-"""Neighbours in K of a 16-byte load of 16-bit activations."""
+_TRITON_DTYPE = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.int8: tl.int8,
+}
+"""What the operands of a product are widened to: the activations' dtype, as INT8 values are exact in all of them."""
 
 
 @triton.jit
@@ -65,7 +69,8 @@ def plain_dot_product(
     EVEN_K: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """acc[BN, BM] = values[rows] @ x[tokens]^T in fp32, on tensor cores, for int64 rows [BN] and tokens [BM].
+    """acc[BN, BM] = values[rows] @ x[tokens]^T on tensor cores, for int64 rows [BN] and tokens [BM]; in fp32, or, with
+    INT8 tokens, in int32.
 
     The weight is the left operand: Hopper's wgmma takes it from registers, where it has just been widened, and the
     tokens, often few, sit on wgmma's short side (multiples of 8).
@@ -73,7 +78,8 @@ def plain_dot_product(
     ks = tl.arange(0, BLOCK_K)
     w_ptrs = values + rows[:, None] * K + ks[None, :]  # [BN, BK]
     x_ptrs = x + tokens[None, :] * K + ks[:, None]  # [BK, BM]
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    SUM: tl.constexpr = tl.int32 if DOT == tl.int8 else tl.float32  # type: ignore  # noqa: SIM300
+    acc = tl.zeros([BLOCK_N, BLOCK_M], SUM)
     for k in range(0, K, BLOCK_K):
         if EVEN_K:
             w = tl.load(w_ptrs)
@@ -81,7 +87,7 @@ def plain_dot_product(
         else:
             w = tl.load(w_ptrs, mask=ks[None, :] < K - k, other=0)
             xt = tl.load(x_ptrs, mask=(tokens < M)[None, :] & (ks[:, None] < K - k), other=0.0)
-        acc = tl.dot(_widened(w, DOT), xt.to(DOT), acc, input_precision="ieee")
+        acc = tl.dot(_widened(w, DOT), xt.to(DOT), acc, input_precision="ieee", out_dtype=SUM)
         w_ptrs += BLOCK_K
         x_ptrs += BLOCK_K
     return acc
@@ -123,82 +129,6 @@ def sliced_dot_product(
 
 
 @triton.jit
-def vector_product(
-    x,
-    values,
-    rows,
-    token,
-    K,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    DOT: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """acc[BN] = values[rows] @ x[token] in fp32 for int64 rows [BN]: on CUDA cores, as one token leaves tensor cores
-    nothing to win.
-
-    A thread loads _RUN neighbours of a row, as many as of the token in one load, and adds up their products at once. So
-    it keeps few sums, and a multiprocessor has room for many warps that wait for memory at the same time.
-
-    With PDL (programmatic dependent launch) the next kernel may be set up while this one runs, and this one, set up
-    while the kernel in front runs, reads its first weights, which that one does not write, before it waits for it.
-    """
-    if PDL:
-        gdc_launch_dependents()
-    ks = tl.arange(0, BLOCK_K)
-    w_ptrs = values + rows[:, None] * K + tl.max_contiguous(ks, _RUN)[None, :]  # [BN, BK]
-    x_ptrs = x + token * K + ks  # [BK]
-    w = _weight_block(w_ptrs, ks, K, EVEN_K)
-    if PDL:
-        gdc_wait()
-    acc = _block_product(w, x_ptrs, ks, K, BLOCK_N, BLOCK_K, EVEN_K, DOT)
-    for k in range(BLOCK_K, K, BLOCK_K):
-        w_ptrs += BLOCK_K
-        x_ptrs += BLOCK_K
-        w = _weight_block(w_ptrs, ks, K - k, EVEN_K)
-        acc += _block_product(w, x_ptrs, ks, K - k, BLOCK_N, BLOCK_K, EVEN_K, DOT)
-    return tl.sum(acc, axis=1)
-
-
-@triton.jit
-def _weight_block(w_ptrs, ks, left, EVEN_K: tl.constexpr):
-    """[BN, BK] weights, of which `left` columns are there."""
-    if EVEN_K:
-        w = tl.load(w_ptrs, eviction_policy="evict_first")
-    else:
-        w = tl.load(w_ptrs, mask=ks[None, :] < left, other=0, eviction_policy="evict_first")
-    return w
-
-
-@triton.jit
-def _block_product(
-    w,
-    x_ptrs,
-    ks,
-    left,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    """[BN, BK / _RUN] sums of _RUN neighbouring products each."""
-    xv = tl.load(x_ptrs) if EVEN_K else tl.load(x_ptrs, mask=ks < left, other=0.0)
-    products = widened_to_fp32(w, DOT) * xv.to(tl.float32)[None, :]
-    return tl.sum(tl.reshape(products, [BLOCK_N, BLOCK_K // _RUN, _RUN]), axis=2)
-
-
-@triton.jit
-def widened_to_fp32(w, DOT: tl.constexpr):
-    """INT8 values in fp32, exactly; beside 16-bit activations without the card's conversion, which is slow."""
-    if DOT == tl.float32:  # noqa: SIM300
-        wide = w.to(tl.float32)
-    else:
-        wide = tl.inline_asm_elementwise(FOUR_TO_FP32, "=f,=f,=f,=f,r", [w], dtype=tl.float32, is_pure=True, pack=4)
-    return wide
-
-
-@triton.jit
 def grid_position(tiles_m, tiles_n, GROUP: tl.constexpr):
     """(pid_m, pid_n) of this program: GROUP row blocks of the weight at a time, all token blocks over them.
 
@@ -212,57 +142,13 @@ def grid_position(tiles_m, tiles_n, GROUP: tl.constexpr):
     return within // width, first_n + within % width
 
 
-@triton.jit
-def weight_rows(pid, N, BLOCK_N: tl.constexpr, FUSED: tl.constexpr):
-    """Rows [BN] of the weight that a program multiplies, clamped in range: N outputs have N rows, or 2N for SwiGLU."""
-    if FUSED:
-        n = tl.arange(0, BLOCK_N)
-        rows = tl.minimum(pid * (BLOCK_N // 2) + n // 2, N - 1) + (n % 2) * N
-    else:
-        rows = tl.minimum(pid * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
-    return rows.to(tl.int64)
-
-
-@triton.jit
-def one_token_kernel(
-    x,
-    values,
-    scale,
-    bias,
-    out,
-    N,
-    K,
-    FUSED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    DOT: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Grid (blocks of the N outputs, M): one token and BLOCK_N weight rows per program."""
-    OUTPUTS: tl.constexpr = BLOCK_N // 2 if FUSED else BLOCK_N
-    token = tl.program_id(1).to(tl.int64)
-    rows = weight_rows(tl.program_id(0), N, BLOCK_N, FUSED)
-    acc = vector_product(x, values, rows, token, K, BLOCK_N, BLOCK_K, EVEN_K, DOT, PDL)
-    acc *= tl.load(scale + rows).to(tl.float32)
-    if HAS_BIAS:
-        acc += tl.load(bias + rows).to(tl.float32)
-    if FUSED:
-        gate, up = tl.split(tl.reshape(acc, [OUTPUTS, 2]))
-    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    mask = n < N
-    ptrs = out + token * N + n
-    result = silu_times(gate, up) if FUSED else acc
-    tl.store(ptrs, result.to(out.dtype.element_ty), mask=mask)
-
-
 @triton.jit(do_not_specialize=["M"])  # one compilation serves every number of tokens
 def many_tokens_kernel(
     x,
     values,
     scale,
     bias,
+    token_scale,
     out,
     M,
     N,
@@ -278,7 +164,11 @@ def many_tokens_kernel(
     SLICES: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Grid (blocks of the M tokens times blocks of the N outputs,): one tile of out^T per program."""
+    """Grid (blocks of the M tokens times blocks of the N outputs,): one tile of out^T per program.
+
+    INT8 tokens have a `token_scale`. Their sums are whole numbers, of which neither the tile nor the order of K changes
+    a bit.
+    """
     OUTPUTS: tl.constexpr = BLOCK_N // 2 if FUSED else BLOCK_N
     pid_m, pid_n = grid_position(tl.cdiv(M, BLOCK_M), tl.cdiv(N, OUTPUTS), GROUP)
     tokens = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -289,8 +179,14 @@ def many_tokens_kernel(
         acc = sliced_dot_product(x, values, rows, tokens, M, K, BLOCK_N, BLOCK_M, BLOCK_K, SLICES, EVEN_K, DOT)
     else:
         acc = plain_dot_product(x, values, rows, tokens, M, K, BLOCK_N, BLOCK_M, BLOCK_K, EVEN_K, DOT)
-    acc *= tl.load(scale + rows).to(tl.float32)[:, None]
-    if HAS_BIAS:
+    acc = acc.to(tl.float32) * tl.load(scale + rows).to(tl.float32)[:, None]
+    if token_scale is not None:
+        of_token = tl.load(token_scale + tokens, mask=tokens < M, other=0.0)[None, :]
+        if HAS_BIAS:
+            acc = tl.fma(acc, of_token, tl.load(bias + rows).to(tl.float32)[:, None])
+        else:
+            acc *= of_token
+    elif HAS_BIAS:
         acc += tl.load(bias + rows).to(tl.float32)[:, None]
     if FUSED:
         gate, up = tl.split(tl.permute(tl.reshape(acc, [OUTPUTS, 2, BLOCK_M]), [0, 2, 1]))
@@ -302,20 +198,27 @@ def many_tokens_kernel(
 
 
 def triton_product(
-    tokens: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, tile: TritonTile, fused: bool = False
+    tokens: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    tile: TritonTile,
+    fused: bool = False,
+    token_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """linear, or swiglu where `fused`, of contiguous [M, K] activations; M and N are at least 1.
 
-    Arguments as in `ops.linear`.
+    Arguments as in `ops.linear`, or for INT8 tokens, which have a scale, as in `ops.linear_int8`.
     """
     (M, K), N = tokens.shape, values.shape[0] // (1 + fused)
-    out = torch.empty(M, N, dtype=tokens.dtype, device=tokens.device)
-    variant = "triton", fused, tile, N, K, traits(tokens, values, scale, bias)
+    out = torch.empty(M, N, dtype=dtype or tokens.dtype, device=tokens.device)
+    variant = "triton", fused, tile, N, K, out.dtype, traits(tokens, values, scale, bias)
     constants, options = _constants(tile, K, tokens.dtype, tokens.device, bias is not None, fused)
     if tile.block_m == 1:
         kernel, arguments = one_token_kernel, (tokens, values, scale, bias, out, N, K)
     else:
-        kernel, arguments = many_tokens_kernel, (tokens, values, scale, bias, out, M, N, K)
+        kernel, arguments = many_tokens_kernel, (tokens, values, scale, bias, token_scale, out, M, N, K)
     launch(kernel, variant, grid(tile, M, N, fused), arguments, constants, options)
     return out
 
@@ -334,7 +237,7 @@ def _constants(
     pdl = tile.overlaps and dependent_launch(device)
     options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=pdl)
     # The interpreter's dot of bf16 operands is silently wrong: there both operands are widened to fp32.
-    dot = tl.float32 if knobs.runtime.interpret else _TRITON_DTYPE[dtype]
+    dot = tl.float32 if knobs.runtime.interpret and dtype.is_floating_point else _TRITON_DTYPE[dtype]
     constants = dict(FUSED=fused, HAS_BIAS=has_bias, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k)
     constants |= dict(EVEN_K=k % tile.block_k == 0, DOT=dot, PDL=pdl)
     if tile.block_m > 1:

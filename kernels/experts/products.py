@@ -15,15 +15,9 @@ import triton
 import triton.language as tl
 
 from rowint8.kernels.experts.routing import expert_of, overlap_previous
-from rowint8.kernels.shared_device_code import silu_times
-from rowint8.kernels.triton_matmul import (
-    grid_position,
-    plain_dot_product,
-    sliced_dot_product,
-    vector_product,
-    weight_rows,
-    widened_to_fp32,
-)
+from rowint8.kernels.one_token import vector_product, widened_to_fp32
+from rowint8.kernels.shared_device_code import silu_times, weight_rows
+from rowint8.kernels.triton_matmul import grid_position, plain_dot_product, sliced_dot_product
 
 _RUN = tl.constexpr(8)
 """Neighbours in K that a thread loads: 16 bytes of 16-bit activations."""

@@ -44,11 +44,11 @@ _SWIGLU = (
     (256, TritonTile(256, 128, 64, 8, 4), TritonTile(128, 64, 128, 4, 4)),
 )
 _INT8 = (  # up to this many tokens
-    (16, TritonTile(16, 64, 256, 4, 5)),
-    (32, TritonTile(32, 64, 256, 4, 5)),
-    (64, TritonTile(64, 64, 256, 4, 4)),
+    (16, TritonTile(16, 64, 256, 4, 5, overlaps=True)),
+    (32, TritonTile(32, 64, 256, 4, 5, overlaps=True)),
+    (64, TritonTile(64, 64, 256, 4, 4, overlaps=True)),
 )
-_INT8_PREFILL = TritonTile(128, 128, 128, 8, 4)
+_INT8_PREFILL = TritonTile(128, 128, 128, 8, 4, overlaps=True)
 _PREFILL = TritonTile(256, 128, 64, 8, 4)
 
 _FEW_WIDE = FewTokensTile(4, 1024)

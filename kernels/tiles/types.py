@@ -46,7 +46,9 @@ class TritonTile:
             raise ValueError("tensor cores take at least 16 tokens, 16 rows and, in each slice, 16 of K")
 
     def serves(self, op: str) -> bool:
-        """SwiGLU has its rows in pairs."""
+        """SwiGLU has its rows in pairs. INT8 tokens are multiplied on tensor cores, in whole blocks of K."""
+        if op.endswith("_int8"):
+            return self.block_m > 1 and self.slices == 1
         return op == "linear" or self.block_n > 1
 
     def shared_memory(self, itemsize: int) -> int:

@@ -19,15 +19,14 @@ from rowint8.eval.report.profile import console_tables, profile_section
 from rowint8.eval.results.environment import describe_environment
 from rowint8.eval.results.files import Results, read_results
 from rowint8.eval.results.schema import PARTS, ProfileRow
-from rowint8.kernels import add_rms_norm, few_tokens, int8_matmul, int8_tokens, triton_matmul
+from rowint8.kernels import add_rms_norm, few_tokens, int8_tokens, one_token, triton_matmul
 from rowint8.kernels.hopper import kernel as hopper
 
 KERNELS = {
-    triton_matmul.one_token_kernel.__name__: "matmul",
+    one_token.one_token_kernel.__name__: "matmul",
     triton_matmul.many_tokens_kernel.__name__: "matmul",
     hopper.hopper_kernel.__name__: "matmul",
     few_tokens.few_tokens_kernel.__name__: "matmul",
-    int8_matmul.int8_kernel.__name__: "matmul",
     int8_tokens._int8_tokens_kernel.__name__: "norm",
     add_rms_norm._add_rms_norm.__name__: "norm",
     "nvjet_tst_64x8_64x16_4x1_v_bz_splitK_TNT": "matmul",
