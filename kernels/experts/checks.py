@@ -1,4 +1,6 @@
-"""Whether the arguments of `ops.experts` fit together."""
+"""The arguments of `ops.experts`, and whether they fit together."""
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,56 +10,48 @@ from rowint8.kernels.checks import check_dtype, check_tokens
 ACTIVATIONS = ("silu", "swigluoai")
 
 
-def check_experts(
-    x: Tensor,
-    gate_up: Tensor,
-    gate_up_scale: Tensor,
-    down: Tensor,
-    down_scale: Tensor,
-    weights: Tensor,
-    ids: Tensor,
-    gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    expert_map: Tensor | None = None,
-    activation: str = "silu",
-    alpha: float = 1.702,
-    limit: float | None = None,
-) -> None:
-    """Raises ValueError, in one line, unless they do."""
+class Experts(NamedTuple):
+    """The arguments of `ops.experts` behind the activations."""
+
+    gate_up: Tensor
+    gate_up_scale: Tensor
+    down: Tensor
+    down_scale: Tensor
+    weights: Tensor
+    ids: Tensor
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    expert_map: Tensor | None = None
+    activation: str = "silu"
+    alpha: float = 1.702
+    limit: float | None = None
+
+
+def check_experts(x: Tensor, *given: Any) -> None:
+    """Raises ValueError, in one line, unless they do. `given` are fields of `Experts`."""
+    layer = Experts(*given)
     check_dtype(x.dtype)
-    _check_weight("gate_up", gate_up, gate_up_scale, gate_up_bias)
-    _check_weight("down", down, down_scale, down_bias)
-    (experts, rows, hidden), (E, H, I) = gate_up.shape, down.shape
+    _check_weight("gate_up", layer.gate_up, layer.gate_up_scale, layer.gate_up_bias)
+    _check_weight("down", layer.down, layer.down_scale, layer.down_bias)
+    (experts, rows, hidden), (E, H, I) = layer.gate_up.shape, layer.down.shape
     if (experts, rows, hidden) != (E, 2 * I, H):
-        raise ValueError(
-            f"rowint8: gate_up {list(gate_up.shape)} and down {list(down.shape)} must be [E, 2I, H] and [E, H, I]"
-        )
+        sizes = f"gate_up {list(layer.gate_up.shape)} and down {list(layer.down.shape)}"
+        raise ValueError(f"rowint8: {sizes} must be [E, 2I, H] and [E, H, I]")
     if x.dim() == 0 or x.shape[-1] != H:
         raise ValueError(f"rowint8: activations {list(x.shape)} do not match experts of H = {H} inputs")
-    _check_routing(x, weights, ids, expert_map)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"rowint8: activation is {activation!r}; accepted are {' and '.join(ACTIVATIONS)}")
-    tensors = gate_up, gate_up_scale, down, down_scale, weights, ids, gate_up_bias, down_bias, expert_map
-    if any(t is not None and t.device != x.device for t in tensors):
+    _check_routing(x, layer.weights, layer.ids, layer.expert_map)
+    if layer.activation not in ACTIVATIONS:
+        raise ValueError(f"rowint8: activation is {layer.activation!r}; accepted are {' and '.join(ACTIVATIONS)}")
+    if any(isinstance(t, Tensor) and t.device != x.device for t in layer):
         raise ValueError(f"rowint8: activations are on {x.device}; experts and routing must be there too")
 
 
-def check_experts_int8(
-    x: Tensor,
-    gate_up: Tensor,
-    gate_up_scale: Tensor,
-    down: Tensor,
-    down_scale: Tensor,
-    weights: Tensor,
-    ids: Tensor,
-    expert_map: Tensor | None,
-    block: int,
-    hidden_block: int,
-) -> None:
-    """Raises ValueError, in one line, unless they do."""
-    check_experts(x, gate_up, gate_up_scale, down, down_scale, weights, ids, expert_map=expert_map)
+def check_experts_int8(x: Tensor, *given: Any) -> None:
+    """The same for the arguments of `ops.experts_int8`."""
+    *layer, expert_map, block, hidden_block = given
+    check_experts(x, *layer, None, None, expert_map)
     check_tokens(x, block)
-    check_tokens(x.new_empty(0, down.shape[2]), hidden_block)
+    check_tokens(x.new_empty(0, layer[2].shape[2]), hidden_block)
 
 
 def _check_weight(name: str, values: Tensor, scale: Tensor, bias: Tensor | None) -> None:

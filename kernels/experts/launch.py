@@ -10,6 +10,7 @@ from torch import Tensor
 from triton import knobs
 
 from rowint8.kernels.experts import products
+from rowint8.kernels.experts.checks import Experts
 from rowint8.kernels.experts.hopper import Rotation, hopper_parts, hopper_serves
 from rowint8.kernels.experts.routing import Routing, route
 from rowint8.kernels.experts.tiles import ExpertsTile, pick_tile
@@ -19,23 +20,6 @@ from rowint8.kernels.tiles.types import HopperTile, TritonTile
 
 _DOT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _SUM_BLOCK = 1024
-
-
-class Experts(NamedTuple):
-    """The arguments of `ops.experts` behind the activations."""
-
-    gate_up: Tensor
-    gate_up_scale: Tensor
-    down: Tensor
-    down_scale: Tensor
-    weights: Tensor
-    ids: Tensor
-    gate_up_bias: Tensor | None = None
-    down_bias: Tensor | None = None
-    expert_map: Tensor | None = None
-    activation: str = "silu"
-    alpha: float = 1.0
-    limit: float | None = None
 
 
 class _Call(NamedTuple):
