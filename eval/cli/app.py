@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from rowint8.baseline_engine.errors import EngineError
 from rowint8.eval.cli.bench import bench
-from rowint8.eval.cli.doctor import doctor
+from rowint8.eval.cli.doctor import card, doctor
 from rowint8.eval.cli.kernels import tune
 from rowint8.eval.cli.output import Json, answer, err, fail, out, ready_streams, warn_if_busy, write
 from rowint8.eval.cli.profile import profile
@@ -33,6 +33,7 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.command("doctor")(doctor)
+app.command("card")(card)
 app.command("profile")(profile)
 app.command("quality")(quality)
 app.command("fidelity")(fidelity)

@@ -1,12 +1,13 @@
-"""The command `rowint8 doctor`."""
+"""The commands `rowint8 doctor` and, once something is measured, `rowint8 card`."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from rowint8.eval.cli.output import Json, err, out, say
+from rowint8.eval.cli.output import Json, answer, err, out, say
 from rowint8.eval.cli.quantize import TrustRemoteCode
 from rowint8.eval.models import MODELS
 from rowint8.eval.tables import Table
@@ -50,6 +51,28 @@ def doctor(model: Model = None, trust_remote_code: TrustRemoteCode = False, json
     if json_file is not None:
         write_file(json_file, json.dumps(facts, indent=2) + "\n")
         say(f"wrote {json_file}")
+
+
+def card(
+    model: Annotated[str, typer.Argument(help="What was measured: a folder with a config.json, or a hub name.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Result files of it: of bench, quality or fidelity.")
+    ],
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Print one block of results, with machine, versions and model, for docs/contributed.md. Measures nothing.
+
+    Example: rowint8 bench vllm --model DIR --setups bf16,rowint8 --json mine.json && rowint8 card DIR mine.json
+    """
+    from rowint8.eval.quantize.sizes import read_sizes
+    from rowint8.eval.report.card import card_block
+    from rowint8.eval.results.files import read_results
+
+    found = {path.name: read_results(path) for path in files}
+    with err.status("looking at the model"):
+        sizes = read_sizes(model, trust_remote_code)
+    name = Path(model).resolve().name if Path(model).is_dir() else model
+    answer(card_block(replace(sizes, model=name), found))
 
 
 def machine_table(environment: "Environment", found: list["Gpu"], problem: str | None) -> Table:

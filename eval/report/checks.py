@@ -35,16 +35,16 @@ _WEIGHT_SLACK = 1.25
 
 
 def check_all(found: Mapping[str, Results]) -> None:
-    """Checks all rows of the files, given by name without ".json".
+    """Checks all rows of the files, given by the names that messages call them.
 
     Raises:
         EvalError: a value cannot be true; the message names the file and the row.
     """
     ceilings = read_ceilings(found)
-    for stem, results in found.items():
+    for name, results in found.items():
         for number, row in enumerate(results.rows):
             if problem := next(_problems(row, results, ceilings.get(results.environment.device)), None):
-                raise EvalError(f"{stem}.json: rows.{number}: {problem}; measure it again or mend the measurement")
+                raise EvalError(f"{name}: rows.{number}: {problem}; measure it again or mend the measurement")
 
 
 def read_ceilings(found: Mapping[str, Results]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from rowint8.eval.errors import EvalError
 from rowint8.eval.markdown import TBD, fill, folded, number, table
 from rowint8.eval.models import MODELS, embedding_bytes
 from rowint8.eval.plots import pictures
+from rowint8.eval.report.card import contributed
 from rowint8.eval.report.chain import chain_section
 from rowint8.eval.report.checks import check_all, read_ceilings
 from rowint8.eval.report.engine import engine_part
@@ -44,6 +45,8 @@ Section = Callable[[Results], str]
 _SPREADS = {"ttft_ms": "TTFT", "tok_s": "tok/s"}
 _LLAMA_FILES = ("engine-h200", "vllm-h200", "engine-h100", "vllm-h100")
 """Files of models with Llama-3.1-8B's shape."""
+_CONTRIBUTED = "docs/contributed.md"
+"""Blocks of `rowint8 card` from other machines, which are checked."""
 _DOCUMENTS = ("README.md", "POSTMORTEM.md", "docs/engine.md", "docs/vllm.md")
 
 
@@ -56,7 +59,7 @@ def read_folder(folder: Path) -> dict[str, Results]:
     found = {path.stem: read_results(path) for path in sorted(folder.glob("*.json"))}
     if not found:
         raise EvalError(f"{folder} has no result files; `rowint8 demo --json {folder}/demo.json` makes one")
-    check_all(found)
+    check_all({f"{stem}.json": results for stem, results in found.items()})
     return found
 
 
@@ -64,9 +67,11 @@ def documents(folder: Path, found: Found) -> dict[Path, str]:
     """What REPORT.md and the documents with generated parts should be; those beside the folder, where they exist.
 
     Raises:
-        EvalError: a document cannot be read, or asks for a part that does not exist.
+        EvalError: a document cannot be read, asks for a part that does not exist, or holds a block that is wrong.
     """
     above = Path(os.path.normpath(folder / ".."))  # not folder.parent, which of "." is "." again
+    if (above / _CONTRIBUTED).is_file():
+        contributed(_text(above / _CONTRIBUTED), _CONTRIBUTED)
     beside = [above / name for name in _DOCUMENTS]
     filled = {path: fill(_text(path), parts(found), path.name) for path in beside if path.is_file()}
     return {folder / "REPORT.md": report(found), **filled}

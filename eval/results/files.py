@@ -104,6 +104,11 @@ def write_results(path: Path, results: Results) -> None:
     write_file(path, _adapter().dump_json(results, indent=2) + b"\n")
 
 
+def in_one_line(results: Results) -> str:
+    """A result file's content in one line of JSON."""
+    return _adapter().dump_json(results).decode()
+
+
 def read_results(path: Path) -> Results[Any]:
     """Reads a result file of any kind.
 
@@ -113,11 +118,22 @@ def read_results(path: Path) -> Results[Any]:
     try:
         if path.exists() and not path.is_file():  # reading a pipe or a device may never end
             raise EvalError(f"cannot read {path}: it is no regular file")
-        return _adapter().validate_json(path.read_bytes())
+        content = path.read_bytes()
     except OSError as error:
         raise EvalError(f"cannot read {path}: {error.strerror}") from None
+    return parse_results(content, str(path))
+
+
+def parse_results(content: bytes | str, name: str) -> Results[Any]:
+    """The content of a result file.
+
+    Raises:
+        EvalError: it is not of this form; the message names `name` and the first wrong place.
+    """
+    try:
+        return _adapter().validate_json(content)
     except ValidationError as error:
-        raise EvalError(f"{path}: {_first_problem(error)}") from None
+        raise EvalError(f"{name}: {_first_problem(error)}") from None
 
 
 @cache
