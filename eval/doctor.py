@@ -12,11 +12,11 @@ from rowint8.eval.processes import run_worker, vllm_environment
 if TYPE_CHECKING:
     from rowint8.eval.quantize.sizes import ModelSizes
 
-CEILINGS = {"NVIDIA H100 80GB HBM3": 3.11, "NVIDIA H200": 4.46}
-"""Card to the highest rate of reading that a file of results/ has for it, TB/s."""
+CEILINGS = {"NVIDIA H100 80GB HBM3": 3.09, "NVIDIA H200": 4.46}
+"""Card to the highest rate of reading that `rowint8 bench kernels` has found on it, TB/s."""
 LAYER_US = 40.0
 """What a decoder layer takes besides reading its weights, in vLLM with one request: it meets the times of Llama-3.1-8B
-on the H100 and the H200 within a tenth (results/vllm-h100.json, vllm-h200.json)."""
+on the H200 within a tenth (results/vllm-*h200.json)."""
 FP8 = (8, 9)
 """The compute capability from which on tensor cores multiply FP8."""
 NARROW = 2048

@@ -147,7 +147,7 @@ def _fits(measurement: Measurement, gpus: int, here: "Environment") -> bool:
 
 
 def result_file(results: Path, name: str, card: str) -> Path:
-    """Such as results/vllm-h100.json, on two GPUs results/vllm-h100x2.json."""
+    """Such as results/vllm-h200.json, on two GPUs results/vllm-h200x2.json."""
     gpus = MEASUREMENTS[name].gpus
     return results / (f"{name}-{card}.json" if gpus == 1 else f"{name.removesuffix(f'-{gpus}')}-{card}x{gpus}.json")
 
