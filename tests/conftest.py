@@ -27,6 +27,10 @@ SLOW = (
 """Files, below tests/, that take a minute or more. They come first: no process is left alone with one at the end."""
 
 
+def pytest_addoption(parser):
+    parser.addoption("--every-kernel", action="store_true", help="compile every variant of every kernel (some minutes)")
+
+
 def pytest_collection_modifyitems(items):
     tests = REPO / "tests"
     items.sort(key=lambda item: not item.path.relative_to(tests).as_posix().startswith(SLOW))

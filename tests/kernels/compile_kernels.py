@@ -3,7 +3,7 @@
 What is compiled is what the operators launch for the layers of Llama-3.1-8B and any number of tokens, each kernel once.
 Prints one JSON object per kernel: card, operator and sizes of a launch, name and tile of the kernel, shared memory in
 bytes, tensor memory in columns, and registers, stack and local memory per thread as its binary's resource report has
-them.
+them. `--few` takes a quarter of the kernels.
 
 `--code FOLDER` instead writes the PTX and the disassembly of each kernel, without its name and its source's lines.
 `--compare BEFORE AFTER` says how the code in two such folders differs, and exits with 1 where it does.
@@ -72,6 +72,16 @@ def distinct(launches: Iterable[Launch]) -> list[Launch]:
     return list(dict.fromkeys(by_kernel.values()))
 
 
+def few(launches: list[Launch]) -> list[Launch]:
+    """The one for the most tokens of every kernel that an operator takes on a card, and on sm90 that a layer takes."""
+    chosen: dict[tuple, Launch] = {}
+    for launch in launches:
+        for name, _ in recorded(launch.run):
+            kind = launch.card, launch.op, name, (launch.n, launch.k) if launch.card == "sm90" else None
+            chosen[kind] = max(chosen.get(kind, launch), launch, key=lambda each: each.m)
+    return list(dict.fromkeys(chosen.values()))
+
+
 def reports(launch: Launch) -> list[dict]:
     """Compiles what the launch needs."""
     return [
@@ -85,7 +95,7 @@ def reports(launch: Launch) -> list[dict]:
             tile=_tile(kernel),
             shared=kernel.metadata.shared,
             tensor_memory=kernel.metadata.tmem_size,
-            **_found_in(kernel.asm["cubin"]),
+            **_resources(kernel),
         )
         for kernel in compiled(launch.run)
     ]
@@ -102,22 +112,24 @@ def _tile(kernel) -> str:
     return f"{sizes} w{kernel.metadata.num_warps} s{kernel.metadata.num_stages}"
 
 
-def _disassembled(binary: bytes) -> str:
-    """What cuobjdump says of a binary: the resources that it takes, then its instructions."""
+def _cuobjdump(binary: bytes, *options: str) -> str:
+    """What it says of a binary: with `-res-usage` the resources that it takes, with `-sass` its instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        command = [knobs.nvidia.cuobjdump.path, *options, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _found_in(binary: bytes) -> dict[str, int]:
-    """Numbers from the disassembly of a binary."""
-    text = _disassembled(binary)
+def _resources(kernel) -> dict[str, int]:
+    """Numbers from a kernel's binary; of a Hopper kernel's loops, too, as instructions take long to list."""
+    text = _cuobjdump(kernel.asm["cubin"], "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", text)
     assert found, text
-    resources = dict(zip(("registers", "stack", "local"), map(int, found.groups()), strict=True))
-    return resources | _loops_over_k(text)
+    resources: dict[str, int] = dict(zip(("registers", "stack", "local"), map(int, found.groups()), strict=True))
+    if kernel.metadata.name != "hopper_kernel":
+        return resources
+    return resources | _loops_over_k(_cuobjdump(kernel.asm["cubin"], "-sass"))
 
 
 def _loops_over_k(text: str) -> dict[str, int]:
@@ -142,7 +154,7 @@ def write_code(folder: Path, launch: Launch) -> list[str]:
     card, op, m, n, k, bias, dtype = launch
     names = [f"{card}-{op}-{m}x{n}x{k}-{dtype}-{bias}-{i}".replace("torch.", "") for i in range(len(kernels))]
     for name, kernel in zip(names, kernels, strict=True):
-        entry, sass = kernel.metadata.name, _disassembled(kernel.asm["cubin"])
+        entry, sass = kernel.metadata.name, _cuobjdump(kernel.asm["cubin"], "-res-usage", "-sass")
         (folder / f"{name}.ptx").write_text(re.sub(" *//.*", "", kernel.asm["ptx"]).replace(entry, "kernel"))
         (folder / f"{name}.sass").write_text("\n".join(line.replace(entry, "kernel") for line in _code_lines(sass)))
     return names
@@ -179,15 +191,16 @@ def _outcome(before: Path, after: Path) -> str:
     return f"different: {taken[0]} -> {taken[1]}, {gone} of the former are gone"
 
 
-def _compile_all(work: Callable[[Launch], list]) -> Iterator:
+def _compile_all(work: Callable[[Launch], list], choose: Callable = list) -> Iterator:
     install()
     with multiprocessing.get_context("fork").Pool() as pool:
-        for done in pool.imap_unordered(work, distinct(launches())):
+        for done in pool.imap_unordered(work, choose(distinct(launches()))):
             yield from done
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--few", action="store_true")
     parser.add_argument("--code", type=Path, metavar="FOLDER")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"))
     given = parser.parse_args()
@@ -200,5 +213,5 @@ if __name__ == "__main__":
         os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
         print(len(list(_compile_all(partial(write_code, given.code)))), "kernels")
     else:
-        for report in _compile_all(reports):
+        for report in _compile_all(reports, few if given.few else list):
             print(json.dumps(report), flush=True)

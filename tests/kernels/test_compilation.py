@@ -1,4 +1,7 @@
-"""Every kernel compiles for every card without a GPU, within the card's memory and without spilling registers."""
+"""Every kernel compiles for every card without a GPU, within the card's memory and without spilling registers.
+
+Some of their variants, all of them with `--every-kernel`.
+"""
 
 import json
 import os
@@ -44,10 +47,15 @@ SPILLED_IN_LOOPS = {("swiglu", "128+0x4*64x1*64"): 6}
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory):
+def reports(tmp_path_factory, pytestconfig):
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, "-m", "tests.kernels.compile_kernels"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.kernels.compile_kernels",
+        *([] if pytestconfig.getoption("every_kernel") else ["--few"]),
+    ]
     done = subprocess.run(command, env=env, cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -84,7 +92,7 @@ def test_no_kernel_spills(reports, card):
 def test_loops_over_k_have_their_addresses_at_hand(reports):
     """Else the Hopper kernel takes up to 1.45 times as long: see `stream_k`."""
     multiplying = [report for report in reports if report["kernel"] == "hopper_kernel"]
-    assert len(multiplying) > 20
+    assert len(multiplying) >= 10
     for report in multiplying:
         assert report["loops_over_k"] == consumers(report["tile"]), report
         assert report["fetched_addresses"] == 0, report
