@@ -175,12 +175,13 @@ class RowInt8Config(QuantizationConfig):
         reason = why_unquantized(layer)
         if reason and self.serialized:
             raise ValueError(f"rowint8: {prefix} cannot be read in INT8: {reason}")
-        if compat.batch_invariant():
-            reason = "VLLM_BATCH_INVARIANT=1, and sums of INT8 experts depend on the number of tokens"
+        method = None if reason else make_experts_method(layer, prefix, self)
+        if method and compat.batch_invariant() and not method.blocks:
+            reason = "VLLM_BATCH_INVARIANT=1, and sums of INT8 weights alone depend on the number of tokens"
         if reason:
             logger.warning_once(f"rowint8: the experts of this model stay unquantized: {reason}")
             return None
-        return make_experts_method(layer, prefix, self.serialized)
+        return method
 
     def _get_vocab_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead

@@ -108,7 +108,7 @@ class RowInt8LinearMethod(LinearMethodBase, Int8Method):
             )
             layer.register_parameter("weight_scale", scale)
         if self.block and self.from_memory:
-            layer.register_parameter("rotation_block", _saved(self.block))
+            layer.register_parameter("rotation_block", saved_blocks(self.block))
         attached.set_bias_loader(layer, load(f"{self.prefix}.bias", FLOATS, _HINT_BIAS))
         if not self.from_memory:
             initialize_online_processing(layer)
@@ -127,7 +127,7 @@ class RowInt8LinearMethod(LinearMethodBase, Int8Method):
         replace_parameter(layer, "weight", values)
         replace_parameter(layer, "weight_scale", scale)
         if self.block:
-            self._note_block(layer, self.block)
+            note_rotation(layer, self.prefix, saved_blocks(self.block), self.from_memory)
         attached.set_processed(layer)
         if self.multiplies:
             warm_up(self, layer)
@@ -140,27 +140,8 @@ class RowInt8LinearMethod(LinearMethodBase, Int8Method):
         return ops.linear_int8(tokens, scale, layer.weight, layer.weight_scale, bias, x.dtype)
 
     def _rotation_block(self, k: int, k_of_rank: int) -> int | None:
-        """The block for INT8 activations, from all K columns of the layer; None where only weights are INT8."""
-        if self.config.activations is None:
-            return None
-        block = rotation_block(k, self.config.rotation_block)
-        if k_of_rank % block:
-            raise ValueError(
-                f"{self.prefix}: a rank holds {k_of_rank} of {k} columns, not whole rotated blocks of {block}; "
-                f'take fewer ranks, or "rotation_block": {rotation_block(k_of_rank, block)}'
-            )
-        if block == 1:
-            logger.warning_once(
-                f"rowint8: layers of {k} inputs are not rotated: no power of two from 16 on divides {k}"
-            )
-        return block
-
-    def _note_block(self, layer: Any, block: int) -> None:
-        """Leaves `rotation_block`, or refuses one of a saved state that differs."""
-        saved = getattr(layer, "rotation_block", None)
-        if self.from_memory and not self.dummy and saved is not None and int(saved) != block:
-            raise ValueError(f"{self.prefix}: rows are rotated by {int(saved)}, not by {block} as the options say")
-        replace_parameter(layer, "rotation_block", _saved(block).to(layer.weight.device))
+        """The block for INT8 activations; None where only weights are INT8."""
+        return None if self.config.activations is None else block_of_rank(self.prefix, self.config, k, k_of_rank)
 
     def _read(self, layer: Any) -> Int8Weight:
         scale = layer.weight_scale.data
@@ -190,9 +171,35 @@ def quantize_part(weight: Tensor, name: str, group: Any = None, block: int = 1) 
     return quantize_rowwise(weight, name=name, block=block, absmax=absmax)
 
 
-def _saved(block: int) -> nn.Parameter:
-    """What a saved state holds of it."""
-    return nn.Parameter(torch.tensor([block], dtype=torch.int32), requires_grad=False)
+def block_of_rank(prefix: str, config: Any, k: int, k_of_rank: int) -> int:
+    """Columns that are rotated together in a layer of K inputs, of which a rank may hold a part.
+
+    Raises:
+        ValueError: the part is not whole blocks.
+    """
+    block = rotation_block(k, config.rotation_block)
+    if k_of_rank % block:
+        raise ValueError(
+            f"{prefix}: a rank holds {k_of_rank} of {k} columns, not whole rotated blocks of {block}; "
+            f'take fewer ranks, or "rotation_block": {rotation_block(k_of_rank, block)}'
+        )
+    if block == 1:
+        logger.warning_once(f"rowint8: layers of {k} inputs are not rotated: no power of two from 16 on divides {k}")
+    return block
+
+
+def note_rotation(layer: Any, prefix: str, blocks: Tensor, from_memory: bool) -> None:
+    """Leaves `rotation_block`, or refuses one of a saved state that differs."""
+    saved = getattr(layer, "rotation_block", None)
+    if from_memory and saved is not None and not torch.equal(saved.cpu(), blocks):
+        theirs, ours = saved[0].tolist(), blocks[0].tolist()
+        raise ValueError(f"{prefix}: rows are rotated by {theirs}, not by {ours} as the options say")
+    replace_parameter(layer, "rotation_block", blocks.to(next(layer.parameters(recurse=False)).device))
+
+
+def saved_blocks(*blocks: Any) -> nn.Parameter:
+    """What a saved state holds of them."""
+    return nn.Parameter(torch.tensor(blocks, dtype=torch.int32), requires_grad=False)
 
 
 def _is_gate_up(layer: Any, output_partition_sizes: list[int]) -> bool:

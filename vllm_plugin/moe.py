@@ -6,11 +6,14 @@ In memory a layer of E experts, hidden size H and intermediate size I (a rank's 
     w13_weight  int8 [E, 2I, H]    w13_weight_scale  fp16 [E, 2I]    gate rows over up rows
     w2_weight   int8 [E, H, I]     w2_weight_scale   fp16 [E, H]
 
+With INT8 activations the rows are rotated, and `rotation_block` int32 [E, 2] says by what: the blocks of w13's and of
+w2's columns, the same for each expert, as EPLB moves whatever a layer holds with its experts.
+
 A checkpoint holds each expert's layers on their own, as `rowint8 quantize` writes them: int8 `weight` [N, K] and fp16
 `weight_scale` [N].
 
-On GPUs they run in `rowint8::experts` (`moe_kernel`), on CPUs in the same operator, called directly: vLLM's CPU kernels
-for INT8 experts round the activations, too.
+On GPUs they run in `rowint8::experts` or `rowint8::experts_int8` (`moe_kernel`), on CPUs in the same operators, called
+directly: vLLM's CPU kernels for INT8 experts round activations in a way of their own.
 """
 
 from collections.abc import Callable
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
 from vllm.distributed.parallel_state import get_ep_group
+from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import int8_w8a16_moe_quant_config
 from vllm.model_executor.layers.fused_moe.oracle.int8 import Int8MoeBackend, make_int8_moe_kernel
@@ -29,20 +33,23 @@ from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 from vllm.platforms import current_platform
 
 from rowint8.kernels import ops
+from rowint8.kernels.experts.tiles import why_not_int8
 from rowint8.vllm_plugin import attached, compat
-from rowint8.vllm_plugin.linear import quantize_part
+from rowint8.vllm_plugin.linear import block_of_rank, note_rotation, quantize_part, saved_blocks
 from rowint8.vllm_plugin.loading import FLOATS, SAVED_FROM_MEMORY, Int8Method, guarded_loader, refuse_incomplete
-from rowint8.vllm_plugin.moe_kernel import RowInt8Experts, activation_arguments
+from rowint8.vllm_plugin.moe_kernel import activation_arguments, experts_class
 from rowint8.vllm_plugin.warmup import warm_up_experts
+
+logger = init_logger(f"vllm.{__name__}")
 
 _HINT = 'an INT8 checkpoint needs "quantization_config": {"quant_method": "rowint8"} in its config.json'
 _HINT_SERIALIZED = "quantize the checkpoint again, which writes INT8 experts, or name them in its ignore list"
 
 
-def make_experts_method(layer: Any, prefix: str, serialized: bool = False) -> "RowInt8MoEMethod":
-    """The method for a `RoutedExperts` layer on this machine; `serialized` where the checkpoint holds INT8."""
+def make_experts_method(layer: Any, prefix: str, config: Any) -> "RowInt8MoEMethod":
+    """The method for a `RoutedExperts` layer on this machine; `config` is the `RowInt8Config`."""
     method = RowInt8CpuMoEMethod if current_platform.is_cpu() else RowInt8MoEMethod
-    return method(layer.moe_config, prefix, serialized)
+    return method(layer.moe_config, prefix, config)
 
 
 def why_unquantized(layer: Any) -> str | None:
@@ -61,15 +68,18 @@ def why_unquantized(layer: Any) -> str | None:
 class RowInt8MoEMethod(OnlineMoEMethodBase, Int8Method):
     """The experts of one layer, on a GPU. vLLM makes one instance per layer; `prefix` is its name, for messages."""
 
-    def __init__(self, moe: Any, prefix: str, serialized: bool = False) -> None:
+    def __init__(self, moe: Any, prefix: str, config: Any) -> None:
         super().__init__(moe)
         self.prefix = prefix
         self.dtype = torch.get_default_dtype()
-        config = get_current_vllm_config()
-        self.max_tokens = config.scheduler_config.max_num_batched_tokens
-        self.dummy = config.load_config.load_format == "dummy"
-        self.from_memory = config.load_config.load_format in SAVED_FROM_MEMORY
-        self.serialized = serialized or self.from_memory
+        vllm_config = get_current_vllm_config()
+        self.max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        load_format = vllm_config.load_config.load_format
+        self.dummy = load_format == "dummy"
+        self.from_memory = load_format in SAVED_FROM_MEMORY
+        self.serialized = config.serialized or self.from_memory
+        self.blocks = _rotation(moe, prefix, config, vllm_config.lora_config is not None)
+        """Columns of w13 and of w2 that are rotated together, where activations are INT8."""
 
     def create_weights(
         self,
@@ -85,6 +95,8 @@ class RowInt8MoEMethod(OnlineMoEMethodBase, Int8Method):
         sizes = (num_experts, hidden_size, intermediate_size_per_partition)
         self.dtype = params_dtype
         if self.from_memory:
+            if self.blocks:
+                layer.register_parameter("rotation_block", saved_blocks(*[self.blocks] * num_experts))
             return _register_int8(layer, *sizes, None)
         load = extra_weight_attrs["weight_loader"]
         if not self.serialized:
@@ -112,6 +124,8 @@ class RowInt8MoEMethod(OnlineMoEMethodBase, Int8Method):
             refuse_incomplete(layer, self.prefix)
         for name in ("w13_weight", "w2_weight"):
             self._keep(layer, name) if self.serialized else self._quantize(layer, name)
+        if self.blocks:
+            note_rotation(layer, self.prefix, saved_blocks(*[self.blocks] * len(layer.w2_weight)), self.from_memory)
         if self.moe_kernel is None:  # a reload writes into the tensors that the kernel already has
             self._make_kernel(layer)
         attached.set_processed(layer)
@@ -122,7 +136,8 @@ class RowInt8MoEMethod(OnlineMoEMethodBase, Int8Method):
     def _quantize(self, layer: Any, name: str) -> None:
         group = get_ep_group() if name == "w2_weight" and self.moe.tp_size > 1 else None
         weight = getattr(layer, name).data  # [E, N, K]
-        values, scale = quantize_part(weight.flatten(0, 1), f"{self.prefix}.{name}", group)
+        block = self.blocks[name == "w2_weight"] if self.blocks else 1
+        values, scale = quantize_part(weight.flatten(0, 1), f"{self.prefix}.{name}", group, block)
         replace_parameter(layer, name, values.view(weight.shape))
         replace_parameter(layer, f"{name}_scale", scale.view(weight.shape[:2]))
 
@@ -143,10 +158,29 @@ class RowInt8MoEMethod(OnlineMoEMethodBase, Int8Method):
             int8_backend=Int8MoeBackend.TRITON,
             moe_quant_config=config,
             moe_config=self.moe,
-            experts_cls=RowInt8Experts,
+            experts_cls=experts_class(self.blocks),
             routing_tables=layer._expert_routing_tables(),
         )
         warm_up_experts(self, layer, activation_arguments(layer.activation, config, self.moe))
+
+
+def _rotation(moe: Any, prefix: str, config: Any, has_lora: bool) -> tuple[int, int] | None:
+    """Blocks of w13 and of w2 for INT8 activations; None where the experts' tokens stay as they are, which is logged.
+
+    Raises:
+        ValueError: a rank's columns are not whole blocks, or the checkpoint's rows are rotated for nothing.
+    """
+    if not config.activations:
+        return None
+    hidden, part = moe.hidden_dim, moe.intermediate_size_per_partition
+    device = torch.device(current_platform.device_type)
+    reason = "they may get LoRA adapters" if has_lora else why_not_int8(moe.in_dtype, hidden, part, device)
+    if reason and config.serialized:
+        raise ValueError(f"{prefix}: the checkpoint's experts are for INT8 activations, and {reason}")
+    if reason:
+        logger.warning_once(f"rowint8: activations of experts are not rounded to INT8: {reason}")
+        return None
+    return block_of_rank(prefix, config, hidden, hidden), block_of_rank(prefix, config, part * moe.tp_size, part)
 
 
 def _register_int8(layer: Any, experts: int, hidden: int, intermediate: int, device: str | None) -> None:
@@ -194,6 +228,8 @@ class RowInt8CpuMoEMethod(RowInt8MoEMethod):
     def apply(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, **shared_experts: Any) -> Tensor:
         """[M, H] -> [M, H] in x's dtype, for the experts that this rank holds."""
         weights = (layer.w13_weight, layer.w13_weight_scale, layer.w2_weight, layer.w2_weight_scale)
+        if self.blocks:
+            return ops.experts_int8(x, *weights, topk_weights, topk_ids, layer.expert_map, *self.blocks)
         return ops.experts(x, *weights, topk_weights, topk_ids, expert_map=layer.expert_map)
 
     def apply_monolithic(self, layer: Any, x: Tensor, router_logits: Tensor, input_ids: Tensor | None = None) -> Tensor:

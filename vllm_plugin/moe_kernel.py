@@ -1,4 +1,5 @@
-"""`rowint8::experts` as vLLM's modular kernels call it, with vLLM's own Triton kernel for what it does not do.
+"""`rowint8::experts` and `rowint8::experts_int8` as vLLM's modular kernels call them, with vLLM's own Triton kernel for
+what the first does not do.
 
 The class only computes this rank's experts. Tensor and expert parallelism, the map from all experts to those that are
 here, and EPLB's moves of experts stay vLLM's.
@@ -21,7 +22,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class RowInt8Experts(TritonExperts):
-    """The experts of one layer, INT8 weights and 16-bit or fp32 activations."""
+    """The experts of one layer: INT8 weights, 16-bit or fp32 activations."""
+
+    blocks: tuple[int, int] | None = None
+    """Columns of gate_up and of down that are rotated together, where activations are rounded to INT8."""
 
     def apply(
         self,
@@ -42,9 +46,13 @@ class RowInt8Experts(TritonExperts):
         apply_router_weight_on_input: bool,
     ) -> None:
         """Writes [M, H] to `output`, which may lie in `workspace13`."""
+        from rowint8.kernels.experts.hopper import Rotation
         from rowint8.kernels.experts.launch import experts
 
-        if reason := self._why_not(hidden_states, activation, apply_router_weight_on_input):
+        reason = self._why_not(hidden_states, activation, apply_router_weight_on_input)
+        if reason and self.blocks:
+            raise ValueError(f"rowint8: these experts take INT8 activations alone, and {reason}")
+        if reason:
             _say(reason)
             more = a1q_scale, a2_scale, workspace13, workspace2, expert_tokens_meta, apply_router_weight_on_input
             routing = topk_weights, topk_ids, activation, global_num_experts, expert_map
@@ -58,6 +66,7 @@ class RowInt8Experts(TritonExperts):
                 expert_map,
                 *activation_arguments(activation, self.quant_config, self.moe_config),
             ),
+            rotation=Rotation(*self.blocks) if self.blocks else None,
             out=output,
             scratch=(workspace13, workspace2),
         )
@@ -71,6 +80,11 @@ class RowInt8Experts(TritonExperts):
         if activation not in ACTIVATIONS:
             return f"their activation is {activation.value}"
         return "their inputs are weighted, not their outputs" if weighted_inputs else None
+
+
+def experts_class(blocks: tuple[int, int] | None) -> type[RowInt8Experts]:
+    """The class for experts whose rows are rotated by these blocks, or not at all; vLLM makes its object."""
+    return type("RowInt8Experts", (RowInt8Experts,), {"blocks": blocks}) if blocks else RowInt8Experts
 
 
 def activation_arguments(

@@ -48,15 +48,17 @@ def warm_up_experts(method: Any, layer: Any, activation: tuple) -> None:
     """Makes ready what the experts of a layer may launch, once for all layers of a shape; on GPUs."""
     tensors = layer.w13_weight, layer.w13_weight_scale, layer.w2_weight, layer.w2_weight_scale
     shape = tuple(layer.w13_weight.shape)
-    if layer.w13_weight.device.type != "cuda" or shape in _ready_experts:
+    if layer.w13_weight.device.type != "cuda" or (shape, method.blocks) in _ready_experts:
         return
+    from rowint8.kernels.experts.hopper import Rotation
     from rowint8.kernels.experts.warmup import warmup
 
-    _ready_experts.add(shape)
+    _ready_experts.add((shape, method.blocks))
     sizes = method.moe.experts_per_token, method.dtype, method.max_tokens
-    tiles, seconds = warmup(tensors, *sizes, layer.expert_map, activation)
+    rotation = Rotation(*method.blocks) if method.blocks else None
+    tiles, seconds = warmup(tensors, *sizes, layer.expert_map, activation, rotation)
     logger.info("rowint8: kernels for %d tiles of experts are ready after %.1f s, for %s", tiles, seconds, list(shape))
 
 
 _ready_experts: set[tuple] = set()
-"""Shapes of gate_up."""
+"""Shapes of gate_up, each with the blocks of the rotation."""

@@ -4,10 +4,11 @@ import math
 from dataclasses import replace
 from functools import cache
 
+import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from rowint8.kernels.tiles.card import Card
+from rowint8.kernels.tiles.card import Card, card_of
 from rowint8.kernels.tiles.pick import fit
 from rowint8.kernels.tiles.types import HopperTile, TritonTile
 
@@ -88,6 +89,18 @@ def pick_tile(
         return next(tile for most, tile in (_INT8 if itemsize == 1 else _HOPPER) if mean <= most)
     tile = next((tile for most, tile in _SORTED if pairs <= most * experts), _MANY)
     return _fit(tile, itemsize, card)
+
+
+def why_not_int8(dtype: torch.dtype, hidden: int, intermediate: int, device: torch.device) -> str | None:
+    """Why `ops.experts_int8` does not run there for activations of `dtype` and plain SwiGLUs of these sizes, if so."""
+    if device.type != "cuda":
+        return None
+    if not card_of(device).hopper_processors:
+        return "their kernel is for cards of compute capability 9.0"
+    if dtype == torch.float32:
+        return "their kernel is for 16-bit activations"
+    uneven = hidden % 16 or intermediate % 16
+    return f"their sizes, {hidden} and {intermediate}, are not multiples of 16" if uneven else None
 
 
 @cache
