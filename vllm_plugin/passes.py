@@ -16,6 +16,7 @@ from vllm.platforms import current_platform
 from rowint8.kernels.activations import rotation_block
 from rowint8.vllm_plugin import compat
 from rowint8.vllm_plugin.norm_fusion import NormFusion
+from rowint8.vllm_plugin.sequences import Sequences
 from rowint8.vllm_plugin.swiglu_fusion import SwigluFusion
 from rowint8.vllm_plugin.warmup import ready
 
@@ -33,15 +34,16 @@ class Passes(InductorPass):
         self.options = options or {}
         self.norm: NormFusion | None = None
         self.swiglu: SwigluFusion | None = None
+        self.sequences = Sequences()
 
     def __call__(self, graph: fx.Graph) -> None:
         share_rounded(graph)
-        for fusion in (self.norm, self.swiglu):
-            if fusion:
-                fusion(graph)
+        for each in (self.norm, self.swiglu, self.sequences):
+            if each:
+                each(graph)
 
     def uuid(self) -> str:
-        passes = [fusion and fusion.uuid() for fusion in (self.norm, self.swiglu)]
+        passes = [each and each.uuid() for each in (self.norm, self.swiglu, self.sequences)]
         sharing = self.hash_source(share_rounded)
         return self.hash_dict({"passes": passes, "sharing": sharing, "options": self.options})
 
