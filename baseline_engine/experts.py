@@ -4,7 +4,7 @@ A router scores the experts for each token. The best k compute, and their result
 the scores. So a token reads and multiplies k experts' weights, while the model knows what all of them have learned.
 """
 
-from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,8 @@ class MixtureOfExperts(nn.Module):
         self.config, self.hidden_size, count = config, hidden_size, config.count
         router = torch.empty(count, hidden_size, dtype=weight_format.dtype, device=weight_format.device)
         self.register_buffer("router", router)
-        plain = replace(weight_format, rotation=None)  # experts' tokens stay in 16 bits
-        self.gate_up = plain.linear(hidden_size, 2 * count * config.intermediate_size, bias=False)
-        self.down = plain.linear(config.intermediate_size, count * hidden_size, bias=False)
+        self.gate_up = weight_format.linear(hidden_size, 2 * count * config.intermediate_size, bias=False)
+        self.down = weight_format.linear(config.intermediate_size, count * hidden_size, bias=False)
 
     def places(self, prefix: str) -> dict[str, Place]:
         prefix, (gate, up, down) = f"{prefix}.{self.config.block}", self.config.parts
@@ -49,13 +48,21 @@ class MixtureOfExperts(nn.Module):
         return self._int8(x, shares, ids) if isinstance(self.gate_up, Int8Linear) else self._plain(x, shares, ids)
 
     def int8_weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What `ops.experts` takes: values [E, N, K] and scale [E, N] of gate_up and of down."""
+        """What the operators take: values [E, N, K] and scale [E, N] of gate_up and of down."""
         layers, count = (self.gate_up, self.down), self.config.count
         gate_up, down = ((w.values.unflatten(0, (count, -1)), w.scale.unflatten(0, (count, -1))) for w in layers)  # type: ignore
         return *gate_up, *down
 
+    def blocks(self) -> tuple[int, int] | None:
+        """Rotated blocks of gate_up's and of down's columns; None where tokens stay as they are."""
+        layers: Any = (self.gate_up, self.down)
+        gate_up, down = (layer.block for layer in layers)
+        return gate_up and (gate_up, down)
+
     def _int8(self, x: Tensor, shares: Tensor, ids: Tensor) -> Tensor:
-        return ops.experts(x, *self.int8_weights(), shares, ids.int())  # int32 is what the warm-up compiles for
+        given = *self.int8_weights(), shares, ids.int()  # int32 is what the warm-up compiles for
+        blocks = self.blocks()
+        return ops.experts_int8(x, *given, None, *blocks) if blocks else ops.experts(x, *given)
 
     def _plain(self, x: Tensor, shares: Tensor, ids: Tensor) -> Tensor:
         """Sorts pairs of a token and an expert by expert, multiplies each expert's at once, and sorts back."""

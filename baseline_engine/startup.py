@@ -91,21 +91,25 @@ def _rotation(config: EngineConfig, model: ModelConfig, device: torch.device) ->
             "or what `rowint8 quantize --activations int8` made of it"
         )
     rotation = stored.rotation if stored else LARGEST_BLOCK if config.activations else None
-    obstacle = _obstacle(device) if rotation else None
+    obstacle = _obstacle(model, config.torch_dtype(model), device) if rotation else None
     if obstacle and stored:
-        raise EngineError(f"the checkpoint is for INT8 activations, and on this card {obstacle}; give the original")
+        raise EngineError(f"the checkpoint is for INT8 activations, and {obstacle}; give the original")
     if obstacle:
-        _logger.warning("activations are not rounded to INT8: on this card %s", obstacle)
+        _logger.warning("activations are not rounded to INT8: %s", obstacle)
     return None if obstacle else rotation
 
 
-def _obstacle(device: torch.device) -> str | None:
-    """Why the device does not multiply INT8 activations fast, if so."""
+def _obstacle(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the device does not multiply the model's INT8 activations, or not fast, if so."""
     if device.type != "cuda":
         return None
+    from rowint8.kernels.experts.tiles import why_not_int8
     from rowint8.kernels.tiles.card import why_weight_only
 
-    return why_weight_only(device)
+    if slow := why_weight_only(device):
+        return f"on this card {slow}"
+    experts = model.experts
+    return why_not_int8(dtype, model.hidden_size, experts.intermediate_size, device) if experts else None
 
 
 def make_runner(model: Decoder, config: EngineConfig) -> tuple[ModelRunner, float]:
@@ -155,6 +159,7 @@ def _warm_up(model: Decoder, config: EngineConfig) -> float:
     if weights.device.type == "cpu":
         library()
         return perf_counter() - start
+    from rowint8.kernels.experts.hopper import Rotation
     from rowint8.kernels.experts.warmup import warmup as warmup_experts
     from rowint8.kernels.warmup import warmup
 
@@ -166,7 +171,10 @@ def _warm_up(model: Decoder, config: EngineConfig) -> float:
             warmup(calls, weights.dtype, weights.device, most)
         if model.config.experts:
             experts: Any = model.layers[0].mlp
-            warmup_experts(experts.int8_weights(), model.config.experts.topk, weights.dtype, config.max_batch_tokens)
+            blocks, topk = experts.blocks(), model.config.experts.topk
+            rotation = Rotation(*blocks) if blocks else None
+            given = experts.int8_weights(), topk, weights.dtype, config.max_batch_tokens
+            warmup_experts(*given, rotation=rotation)
     except ValueError as error:  # a damaged file of tiles, or a card that no kernel is for
         raise EngineError(str(error)) from error
     return perf_counter() - start

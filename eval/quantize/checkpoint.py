@@ -45,11 +45,9 @@ def round_to_nearest(layers: Collection[str], rotation: int | None = None) -> Co
     """
 
     def convert(name: str, tensor: Tensor) -> Tensor | Int8Weight:
-        layer = layer_of(name)
-        if layer not in layers:
+        if layer_of(name) not in layers:
             return tensor
-        is_expert = layer != name.removesuffix(".weight")  # whose tokens stay in 16 bits
-        return quantize_rowwise(tensor, name=name, block=1 if is_expert else block_of(tensor, rotation))
+        return quantize_rowwise(tensor, name=name, block=block_of(tensor, rotation))
 
     return convert
 

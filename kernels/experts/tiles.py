@@ -96,11 +96,11 @@ def why_not_int8(dtype: torch.dtype, hidden: int, intermediate: int, device: tor
     if device.type != "cuda":
         return None
     if not card_of(device).hopper_processors:
-        return "their kernel is for cards of compute capability 9.0"
+        return "the kernel for experts needs compute capability 9.0"
     if dtype == torch.float32:
-        return "their kernel is for 16-bit activations"
+        return "the kernel for experts takes 16-bit activations"
     uneven = hidden % 16 or intermediate % 16
-    return f"their sizes, {hidden} and {intermediate}, are not multiples of 16" if uneven else None
+    return f"sizes of experts, {hidden} and {intermediate}, are not multiples of 16" if uneven else None
 
 
 @cache

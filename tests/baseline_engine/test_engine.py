@@ -117,8 +117,6 @@ def test_int8_experts_equal_transformers_with_rounded_weights(tmp_path, case):
         expected = model(torch.tensor([ids])).logits[0]
     online = engine_for(folder, quantization="rowint8")
     torch.testing.assert_close(prompt_logits(online, ids), expected, rtol=1e-4, atol=1e-4)
-    rotated = engine_for(folder, quantization="rowint8", activations="int8").model.layers[0]
-    assert (rotated.attention.qkv.block, rotated.mlp.gate_up.block) == (64, None)
     source = open_source(folder)
     write_checkpoint(source, tmp_path / "int8", "rowint8", (), round_to_nearest(source.layers))
     stored = engine_for(tmp_path / "int8")

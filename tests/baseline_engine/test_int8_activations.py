@@ -4,16 +4,20 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen3Config
+from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
+from rowint8.baseline_engine import startup
 from rowint8.baseline_engine.checkpoint import load_model
 from rowint8.baseline_engine.config import SamplingParams
 from rowint8.baseline_engine.errors import EngineError
 from rowint8.baseline_engine.layers import Int8Linear, WeightFormat
 from rowint8.baseline_engine.model_config import ModelConfig
+from rowint8.eval.quantize.checkpoint import round_to_nearest, write_checkpoint
+from rowint8.eval.quantize.source import open_source
 from rowint8.kernels.activations import quantize_tokens, rotate, rotation_block
 from rowint8.kernels.quantize import dequantize, quantize_rowwise
 from tests.baseline_engine.harness import engine_for, load_transformers, prompt_logits, round_linears_, tokens_of
+from tests.kernels.cases import round_experts_
 from tests.tiny_models import prompts_of_ids, write_tiny
 
 INT8 = {"quantization": "rowint8", "activations": "int8"}
@@ -51,6 +55,33 @@ def test_logits_equal_transformers_with_rounded_operands(tmp_path, family, fused
     off = (prompt_logits(engine, ids) - expected).norm()
     # a number near the middle of two integers may fall to the other side, so not every bit is the same
     assert off < 0.1 * (logits_of(weights_only, ids) - expected).norm()
+
+
+def test_experts_take_int8_tokens_online_and_stored(tmp_path):
+    shape = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "head_dim": 32}
+    folder = write_tiny(tmp_path / "model", Qwen3MoeConfig, max_shard_size="1GB", **shape)
+    ids = prompts_of_ids(20)[0]
+    model, weights_only = load_transformers(folder), engine_for(folder, quantization="rowint8")
+    round_operands_(model)
+    round_experts_(model)
+    engine, expected = engine_for(folder, **INT8), logits_of(model, ids)
+    logits = prompt_logits(engine, ids)
+    assert engine.model.layers[0].mlp.blocks() == (64, 16)
+    assert (logits - expected).norm() < 0.1 * (prompt_logits(weights_only, ids) - expected).norm()
+    source = open_source(folder)
+    write_checkpoint(source, tmp_path / "int8", "rowint8", (), round_to_nearest(source.layers, 256), rotation=256)
+    assert torch.equal(prompt_logits(engine_for(tmp_path / "int8"), ids), logits)
+
+
+def test_a_card_that_takes_no_such_experts_leaves_the_model_weight_only_or_refuses_it(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(startup, "_obstacle", lambda *given: "the kernel for experts needs compute capability 9.0")
+    folder = write_tiny(tmp_path)
+    with caplog.at_level("WARNING"):
+        assert engine_for(folder, **INT8).model.layers[0].attention.qkv.block is None
+    reason = "the kernel for experts needs compute capability 9.0"
+    assert caplog.messages == [f"activations are not rounded to INT8: {reason}"]
+    with pytest.raises(EngineError, match=f"the checkpoint is for INT8 activations, and {reason}; give the original"):
+        engine_for(edited_config(folder, activations="int8", rotation_block=256))
 
 
 def test_a_model_speaks_as_before(smollm2):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rowint8.kernels import ops
+from rowint8.kernels.experts import tiles
 from rowint8.kernels.experts.hopper import Rotation, hopper_serves
 from rowint8.kernels.experts.launch import experts
 from rowint8.kernels.experts.tiles import _HOPPER, _INT8, _SORTED, pick_tile
@@ -102,6 +103,22 @@ def test_int8_tokens_need_a_card_and_experts_that_the_kernel_serves():
     for card, by_tma in ((HOPPER, False), (Card(166_912, 0), True)):
         with pytest.raises(ValueError, match="experts take INT8 tokens on cards of compute capability"):
             pick_tile(8, 8, 128, 1, card, by_tma)
+
+
+CANNOT = {
+    "another card": ((torch.bfloat16, 2048, 768), 0, "the kernel for experts needs compute capability 9.0"),
+    "fp32": ((torch.float32, 2048, 768), 132, "the kernel for experts takes 16-bit activations"),
+    "sizes": ((torch.bfloat16, 2048, 712), 132, "sizes of experts, 2048 and 712, are not multiples of 16"),
+    "nothing": ((torch.float16, 2048, 768), 132, None),
+}
+
+
+@pytest.mark.parametrize("obstacle", CANNOT)
+def test_what_keeps_experts_from_int8_tokens_is_known_before_they_are_loaded(monkeypatch, obstacle):
+    given, processors, reason = CANNOT[obstacle]
+    monkeypatch.setattr(tiles, "card_of", lambda device: Card(232_448, processors))
+    assert tiles.why_not_int8(*given, torch.device("cuda")) == reason
+    assert tiles.why_not_int8(*given, torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,14 @@ pytest.importorskip("vllm")
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import MixtralConfig
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
-from rowint8.kernels import ops
-from rowint8.kernels.activations import rotation_block
-from rowint8.kernels.quantize import quantize_rowwise
 from rowint8.vllm_plugin import compat, moe
 from rowint8.vllm_plugin import config as config_module
 from rowint8.vllm_plugin.config import RowInt8Config
 from rowint8.vllm_plugin.moe_kernel import RowInt8Experts, experts_class
+from tests.kernels.cases import rotated_experts, round_experts_
 from tests.vllm_plugin import test_activations
 from tests.vllm_plugin.harness import TINY, make_tiny, options, prequantized, with_other_numbers
 from tests.vllm_plugin.test_activations import A8
@@ -40,32 +37,10 @@ def rounded(driver, mixtral) -> dict:
     return driver.works(mixtral, llm=options(**A8))
 
 
-def stacked(weight: Tensor) -> tuple[Tensor, Tensor, int]:
-    """(values, scale, block) of a weight [E, N, K] for INT8 activations."""
-    block = rotation_block(weight.shape[2])
-    values, scale = quantize_rowwise(weight.flatten(0, 1), block=block)
-    return values.view(weight.shape), scale.view(weight.shape[:2]), block
-
-
-class RoundedExperts(torch.nn.Module):
-    """transformers' experts of a layer with INT8 weights and activations, through the operator."""
-
-    def __init__(self, experts: Any) -> None:
-        super().__init__()
-        self.gate_up, self.down = stacked(experts.gate_up_proj.data), stacked(experts.down_proj.data)
-
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        *gate_up, block = self.gate_up
-        *down, hidden_block = self.down
-        return ops.experts_int8(x, *gate_up, *down, weights, ids, None, block, hidden_block)
-
-
 @pytest.mark.vllm
 def test_it_says_what_the_operators_say(mixtral, rounded):
     model = test_activations.oracle(mixtral)
-    for name, module in list(model.named_modules()):
-        if name.endswith(".experts"):
-            model.set_submodule(name, RoundedExperts(module))
+    round_experts_(model)
     test_activations.assert_says(rounded, model)
 
 
@@ -74,7 +49,8 @@ def test_experts_hold_rotated_rows_and_their_blocks(mixtral, rounded):
     tensors = load_file(mixtral / "model.safetensors")
     names = {part: [f"{EXPERTS}.{e}.{part}.weight" for e in range(4)] for part in ("w1", "w2", "w3")}
     w1, w2, w3 = (torch.stack([tensors[name] for name in names[part]]) for part in ("w1", "w2", "w3"))
-    (w13_values, w13_scale, block), (w2_values, w2_scale, hidden_block) = stacked(torch.cat((w1, w3), 1)), stacked(w2)
+    w13_values, w13_scale, block = rotated_experts(torch.cat((w1, w3), 1))
+    w2_values, w2_scale, hidden_block = rotated_experts(w2)
     assert (block, hidden_block) == (64, 32)
     assert rounded["layers"][f"{EXPERTS}.routed_experts"] == {
         "method": "RowInt8CpuMoEMethod",

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
 from rowint8.eval.errors import EvalError
-from rowint8.eval.quantize.checkpoint import round_to_nearest, write_checkpoint
+from rowint8.eval.quantize.checkpoint import block_of, round_to_nearest, write_checkpoint
 from rowint8.eval.quantize.experts import layer_of
 from rowint8.eval.quantize.layers import ignored_layers
 from rowint8.eval.quantize.source import open_source
@@ -31,10 +31,11 @@ def qwen(tmp_path):
     return write_tiny(tmp_path / "model", Qwen3MoeConfig, **QWEN)
 
 
-def quantized(model, out, ignore=()):
+def quantized(model, out, ignore=(), rotation=None):
     source = open_source(model)
     ignored = ignored_layers(source.layers, ignore)
-    write_checkpoint(source, out, "rowint8", ignored, round_to_nearest(source.layers - ignored))
+    convert = round_to_nearest(source.layers - ignored, rotation)
+    write_checkpoint(source, out, "rowint8", ignored, convert, rotation=rotation)
     return load_file(out / "model.safetensors"), json.loads((out / "config.json").read_text())["quantization_config"]
 
 
@@ -78,15 +79,17 @@ SHAPES = {
 }
 
 
+@pytest.mark.parametrize("rotation", [None, 32])
 @pytest.mark.parametrize("case", SHAPES)
-def test_every_experts_layer_holds_the_bits_of_quantize_rowwise(tmp_path, case):
+def test_every_experts_layer_holds_the_bits_of_quantize_rowwise(tmp_path, case, rotation):
     config, shape, name = SHAPES[case]
     model = write_tiny(tmp_path / "model", config, **shape)
-    original, (written, quantization) = load_file(model / "model.safetensors"), quantized(model, tmp_path / "out")
+    original, out = load_file(model / "model.safetensors"), tmp_path / "out"
+    written, quantization = quantized(model, out, rotation=rotation)
     experts = [each for each in original if ".experts." in each]
     assert f"model.layers.1.{name}.weight" in experts
     for each in experts:
-        values, scale = quantize_rowwise(original[each])
+        values, scale = quantize_rowwise(original[each], block=block_of(original[each], rotation))
         assert torch.equal(written[each], values)
         assert torch.equal(written[f"{each}_scale"], scale)
     assert written["model.layers.1." + name.split(".")[0] + ".gate.weight"].is_floating_point()
