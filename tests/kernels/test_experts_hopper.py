@@ -93,9 +93,9 @@ def test_on_the_cpu_int8_tokens_give_the_bits_of_product_by_product():
 
 
 def test_tiles_of_the_hopper_kernel_follow_the_tokens_of_an_expert():
-    for itemsize, tiles in ((2, _HOPPER), (1, _INT8)):
+    for itemsize, shipped in ((2, _HOPPER), (1, _INT8)):
         picked = [pick_tile(m, 8, 128, itemsize, HOPPER, by_tma=True) for m in range(16, 20_000, 16)]
-        assert list(dict.fromkeys(picked)) == [tile for _, tile in tiles]
+        assert list(dict.fromkeys(picked)) == [tile for _, tile in shipped]
         assert all(isinstance(tile, HopperTile) and tile.int8 == (itemsize == 1) for tile in picked)
 
 
