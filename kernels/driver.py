@@ -82,6 +82,7 @@ class TensorMap:
     def __init__(self, address: int, shape: MapShape) -> None:
         self._address, self._shape = address, shape
         self._encoded: ctypes.Array | None = None
+        self._at = 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,13 +102,11 @@ class TensorMap:
     def encoded(self, meta: dict[str, Any]) -> int:
         """Address of the CUtensorMap, made at the first call; see `MapShape.encode`."""
         if self._encoded is None:
-            self._encoded = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
-            self._shape.encode(_aligned(self._encoded), self._address, meta)
-        return _aligned(self._encoded)
-
-
-def _aligned(buffer: ctypes.Array) -> int:
-    return -(-ctypes.addressof(buffer) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
+            encoded = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
+            self._at = -(-ctypes.addressof(encoded) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
+            self._shape.encode(self._at, self._address, meta)
+            self._encoded = encoded
+        return self._at
 
 
 class Launcher:
@@ -124,10 +123,9 @@ class Launcher:
             num_attributes=int(meta.launch_pdl),
         )
         self._maps = list(getattr(meta, "tensordesc_meta", None) or ())
-        self._writers: list[Callable[[Any], None] | None] = []
         self._parameters: list[Any] = []
-        for kind in compiled.src.signature.values():
-            self._writers.append(self._writer(kind))
+        writers = [self._writer(kind) for kind in compiled.src.signature.values()]
+        self._writers = [(place, write) for place, write in enumerate(writers) if write is not None]
         self._parameters += [ctypes.c_uint64(0), ctypes.c_uint64(0)]  # Triton's scratch memory: there is none
         addresses = [ctypes.addressof(each) for each in self._parameters]
         self._addresses = (ctypes.c_void_p * len(addresses))(*addresses)
@@ -173,9 +171,8 @@ class Launcher:
     def __call__(self, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
         """Queues the kernel on torch's current stream."""
         with self._lock:
-            for write, argument in zip(self._writers, arguments, strict=False):
-                if write is not None:
-                    write(argument)
+            for place, write in self._writers:
+                write(arguments[place])
             self._config.grid[:] = grid
             self._config.stream = torch._C._cuda_getCurrentRawStream(self._device)
             status = _cuda().cuLaunchKernelEx(ctypes.byref(self._config), self._function, self._addresses, None)

@@ -46,7 +46,7 @@ def launch(
 
 def traits(*tensors: Tensor | None) -> tuple:
     """What Triton compiles for in tensors: of each its device, its dtype and whether it begins on 16 bytes."""
-    return tuple(None if t is None else (t.device, t.dtype, t.data_ptr() % 16 == 0) for t in tensors)
+    return tuple([None if t is None else (t.device, t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
 
 
 def blocks(size: int, block: int) -> int:
