@@ -92,9 +92,9 @@ def poison_empty(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def driver(tmp_path_factory):
-    """A process that runs real vLLM engines."""
+    """A process that runs real vLLM engines, for all files: it takes ten seconds to start."""
     from tests.vllm_plugin.harness import Driver
 
     driver = Driver(tmp_path_factory.mktemp("driver") / "log")
@@ -102,7 +102,7 @@ def driver(tmp_path_factory):
     driver.stop()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """Folder of a random model that vLLM loads in no time."""
     from tests.vllm_plugin.harness import make_tiny
@@ -110,7 +110,7 @@ def tiny(tmp_path_factory) -> Path:
     return make_tiny(tmp_path_factory.mktemp("tiny") / "llama")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def online(driver, tiny) -> dict:
     """What vLLM says with `tiny`, quantized while loading."""
     return driver.works(tiny)

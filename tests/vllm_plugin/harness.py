@@ -23,7 +23,13 @@ ENV = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
 }
-LLM = {"enforce_eager": True, "max_model_len": 128, "max_num_seqs": 8, "dtype": "float32"}
+LLM = {
+    "enforce_eager": True,
+    "max_model_len": 128,
+    "max_num_seqs": 8,
+    "dtype": "float32",
+    "num_gpu_blocks_override": 64,
+}
 TINY = {**LLM, "skip_tokenizer_init": True}
 SAMPLING = {"temperature": 0.0, "max_tokens": 16, "logprobs": 3, "prompt_logprobs": 3, "ignore_eos": True}
 PROMPTS = [[1, 5, 9, 23, 77, 30], [4, 100, 3], [90]]
@@ -41,21 +47,29 @@ def caches_in(folder: Path) -> dict[str, str]:
 
 
 class Driver:
-    """A process that runs one engine after another (see vllm_driver.py). `env` is added to its environment."""
+    """A process that runs one engine after another (see vllm_driver.py), and another one where it died.
+
+    `env` is added to its environment.
+    """
 
     def __init__(self, log: Path, **env: str) -> None:
         plain = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        self.log = log
-        self.process = subprocess.Popen(
+        self.log, self.env = log, plain | ENV | env
+        self.process = self.start()
+
+    def start(self) -> subprocess.Popen:
+        return subprocess.Popen(
             [sys.executable, Path(__file__).with_name("vllm_driver.py")],
-            env=plain | ENV | env,
+            env=self.env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=log.open("w"),
+            stderr=self.log.open("a"),
             text=True,
         )
 
     def run(self, model: Path, prompts=PROMPTS, sampling=SAMPLING, llm=TINY, **job) -> dict:
+        if self.process.poll() is not None:
+            self.process = self.start()
         llm = {"quantization": "rowint8", **llm}
         job |= {"model": str(model), "prompts": prompts, "sampling": sampling, "llm": llm}
         self.process.stdin.write(json.dumps(job) + "\n")

@@ -31,6 +31,14 @@ GENERATED = SAMPLING | {"prompt_logprobs": None}
 """vLLM gives no log-probabilities of the prompt beside speculation."""
 
 
+@pytest.fixture
+def speculating(tmp_path):
+    """A process of its own: once speculation is set up in it, vLLM's CPU build runs no other engine."""
+    driver = Driver(tmp_path / "log")
+    yield driver
+    driver.stop()
+
+
 @pytest.fixture(scope="module")
 def eagle(tmp_path_factory):
     """A random EAGLE drafter of one layer for `tiny`, which takes the target's embedding and head."""
@@ -42,11 +50,10 @@ def eagle(tmp_path_factory):
     return folder
 
 
-def test_an_eagle_drafter_beside_an_int8_target_changes_no_token(eagle, tiny, online, tmp_path):
-    driver = Driver(tmp_path / "log")  # of its own: vLLM's CPU build sets up speculation once in a process
+def test_an_eagle_drafter_beside_an_int8_target_changes_no_token(speculating, eagle, tiny, online):
     speculation = {"method": "eagle", "model": str(eagle), "num_speculative_tokens": 2}
-    result = driver.works(tiny, sampling=GENERATED, llm={**options(lm_head=False), "speculative_config": speculation})
-    driver.stop()
+    llm = {**options(lm_head=False), "speculative_config": speculation}
+    result = speculating.works(tiny, sampling=GENERATED, llm=llm)
     assert result["token_ids"] == online["token_ids"]
     assert_close(result["logprobs"], online["logprobs"])
 
@@ -85,12 +92,11 @@ def make_classifier(folder):
     return folder
 
 
-def test_ngram_speculation_over_an_fp8_cache_follows_the_same_model(driver, tiny, online):
-    """The last of this driver: vLLM's CPU build sets up speculation once in a process."""
+def test_ngram_speculation_over_an_fp8_cache_follows_the_same_model(speculating, driver, tiny, online):
     speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
     llm = {**TINY, "kv_cache_dtype": "fp8"}
     plain = driver.works(tiny, sampling=GENERATED, llm=llm)
-    guessed = driver.works(tiny, sampling=GENERATED, llm={**llm, "speculative_config": speculation})
+    guessed = speculating.works(tiny, sampling=GENERATED, llm={**llm, "speculative_config": speculation})
     assert guessed["token_ids"] == plain["token_ids"]
     assert plain["layers"] == online["layers"]
     first, exact = (result["logprobs"][1][0] for result in (plain, online))

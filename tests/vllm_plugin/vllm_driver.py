@@ -49,6 +49,7 @@ def main() -> None:
 def _run_guarded(job: dict) -> dict:
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
+    gc.freeze()  # what is imported: vLLM's many collections need not look through it; they thaw it at an engine's end
     try:
         return _run(job)
     except Exception as error:
