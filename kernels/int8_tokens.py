@@ -51,6 +51,7 @@ def _int8_tokens_kernel(
     x,
     residual,
     weight,
+    times,
     out,
     scale,
     total,
@@ -64,7 +65,8 @@ def _int8_tokens_kernel(
     WARPS: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """Grid (M,). A token is [ROWS, CHUNK], K of it there. BLOCK 1 rotates nothing. No `weight`, no norm."""
+    """Grid (M,). A token is [ROWS, CHUNK], K of it there. BLOCK 1 rotates nothing. No `weight`, no norm; `times`
+    [M] multiplies the scales."""
     LANES: gl.constexpr = CHUNK // _NEIGHBOURS
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, _NEIGHBOURS], [32 // LANES, LANES], [WARPS, 1], [1, 0])
     if PDL:
@@ -90,12 +92,14 @@ def _int8_tokens_kernel(
     largest = gl.max(gl.max(bits, axis=1), axis=0)
     finite = largest < 0x7F800000
     absmax = gl.maximum(gl.where(finite, largest, 0).to(gl.float32, bitcast=True), least)
-    times = gl.inline_asm_elementwise(_DIVIDE, "=f,f,f", [127.0, absmax], dtype=gl.float32, is_pure=True, pack=1)
-    times = gl.where(finite, times, 0.0)
-    spread = gl.zeros_like(y) + times
+    inverse = gl.inline_asm_elementwise(_DIVIDE, "=f,f,f", [127.0, absmax], dtype=gl.float32, is_pure=True, pack=1)
+    spread = gl.zeros_like(y) + gl.where(finite, inverse, 0.0)
     whole = gl.inline_asm_elementwise(_ROUND, "=r,f,f,f,f,f,f,f,f", [y, spread], dtype=gl.int8, is_pure=True, pack=4)
     gl.store(out + at, whole, mask=mask)
-    gl.store(scale + token, gl.where(finite, absmax * factor, float("nan")))
+    found = gl.where(finite, absmax * factor, float("nan"))
+    if times is not None:
+        found *= gl.load(times + token)
+    gl.store(scale + token, found)
 
 
 @gluon.jit
@@ -135,9 +139,13 @@ def _between_lanes(y, within, BIT: gl.constexpr):
     return other + y * sign[None, :]
 
 
-def quantize_tokens(tokens: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Launches the kernel for contiguous [M, K]; arguments as in `ops.quantize_tokens`, already checked there."""
-    return _launch("quantize_tokens", tokens, None, None, 0.0, block)[:2]
+def quantize_tokens(tokens: Tensor, block: int, times: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Launches the kernel for contiguous [M, K]; arguments as in `ops.quantize_tokens`, already checked there.
+
+    Args:
+        times: fp32 [M], by which each token's scale is multiplied in the end; None for 1.
+    """
+    return _launch("quantize_tokens", tokens, None, None, 0.0, block, times)[:2]
 
 
 def add_rms_norm_int8(
@@ -150,15 +158,21 @@ def add_rms_norm_int8(
 
 
 def _launch(
-    name: str, tokens: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, block: int
+    name: str,
+    tokens: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    block: int,
+    times: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     M, K = tokens.shape
     out = torch.empty(M, K, dtype=torch.int8, device=tokens.device)
     scale = torch.empty(M, dtype=torch.float32, device=tokens.device)
     total = None if weight is None else torch.empty_like(tokens)
     if tokens.numel():
-        arguments = tokens, residual, weight, out, scale, total, eps, scale_factor(block), LEAST_ABSMAX
-        variant = name, K, block, traits(tokens, residual, weight)
+        arguments = tokens, residual, weight, times, out, scale, total, eps, scale_factor(block), LEAST_ABSMAX
+        variant = name, K, block, traits(tokens, residual, weight, times)
         launch(_int8_tokens_kernel, variant, (M, 1, 1), arguments, *_constants(K, block, tokens.device))
     return out, scale, total
 

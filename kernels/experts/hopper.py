@@ -115,8 +115,7 @@ def hopper_parts(
     hopper_grouped(placed.rows, placed.scale, *gate_up, routing.blocks, count, tile, hidden, fused=True)
     factor = placed.weights
     if rotation:
-        hidden, hidden_scale = quantize_tokens(hidden, rotation.of_hidden)
-        factor = hidden_scale.mul_(factor)
+        hidden, factor = quantize_tokens(hidden, rotation.of_hidden, times=factor)
     parts = torch.empty(pairs, x.shape[1], dtype=x.dtype, device=x.device)
     hopper_grouped(hidden, factor, *down, routing.blocks, count, tile, parts, fused=False)
     return parts, placed.places
