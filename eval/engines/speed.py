@@ -16,7 +16,9 @@ from rowint8.eval.errors import EvalError
 from rowint8.eval.kernels.shapes import is_count
 from rowint8.eval.processes import run_worker, vllm_environment
 
-VLLM_WORKLOADS = "1x128x128,8x128x128,32x128x128,128x128x128,256x128x128,8x1024x1,1x1100x1,1x2048x1,1x3000x1"
+VLLM_WORKLOADS = (
+    "1x128x128,8x128x128,32x128x128,128x128x128,256x128x128,8x1024x1,1x256x1,1x640x1,1x1100x1,1x2048x1,1x3000x1"
+)
 ENGINE_WORKLOADS = "1x128x128,8x128x128,32x128x128"
 THROUGHPUT_SEQUENCES = 256
 THROUGHPUT_TOKENS = (100, 1024)
