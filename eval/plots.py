@@ -11,6 +11,7 @@ from rowint8.eval.models import FORMATS
 from rowint8.eval.results.files import Results
 from rowint8.eval.results.roofline import misses, ratio
 from rowint8.eval.results.schema import ChainRow, FidelityRow, Generation, KernelRow, Measured
+from rowint8.eval.tables import model_of
 from rowint8.eval.writing import write_file
 
 _LAYER = (4096, 4096)
@@ -33,7 +34,7 @@ def pictures(found: Mapping[str, Results]) -> dict[str, Callable[[Path], None]]:
         if isinstance(first, FidelityRow):
             drawn[f"{stem}-kl.svg"] = partial(_figure, partial(_kl, results.rows))
         if isinstance(first, Generation) and len(_compared(results.rows)) > 1:
-            drawn[f"{stem}-batch.svg"] = partial(_figure, partial(_speed, results.rows, device))
+            drawn[f"{stem}-batch.svg"] = partial(_figure, partial(_speed, results))
     return {name: partial(_save, draw) for name, draw in drawn.items()}
 
 
@@ -53,10 +54,11 @@ def _save(draw: Callable, path: Path) -> None:
     write_file(path, drawing.getvalue())
 
 
-def _figure(draw: Callable):
+def _figure(draw: Callable, size: tuple[float, float] = (8.3, 4.6)):
+    """About 800 pixels wide, at a page's 96 an inch. The ground is white, so that a dark page can show it too."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     draw(figure.subplots())
     return figure
 
@@ -72,47 +74,104 @@ def _compared(rows: Sequence[Generation]) -> dict[tuple[int, int, int], Generati
     base = _base(rows)
     bases = {row.size: row for row in rows if f"{row.engine} {row.setup}" == base}
     others = {row.size for row in rows if f"{row.engine} {row.setup}" != base}
-    return {size: bases[size] for size in sorted(bases.keys() & others, key=lambda size: (size[2] == 1, size))}
+    return {size: bases[size] for size in sorted(bases.keys() & others, key=lambda size: (_is_prompt(size), size))}
 
 
-def _speed(rows: Sequence[Generation], device: str, axes) -> None:
+def _is_prompt(size: tuple[int, int, int]) -> bool:
+    return size[2] <= 2
+
+
+def _speed(results: Results[Generation], axes) -> None:
     """The base's time a token, of prompts its TTFT, over each setup's; ours bold, bars for the repeats' spread."""
-    bases = _compared(rows)
-    places = {size: place for place, size in enumerate(bases)}
+    rows, bases = results.rows, _compared(results.rows)
+    prompts = sum(map(_is_prompt, bases))
+    places = {size: place + 0.6 * _is_prompt(size) for place, size in enumerate(bases)}
     setups: dict[str, list[Generation]] = {}
     for row in rows:
-        if row.size in bases:
+        if row.size in bases and f"{row.engine} {row.setup}" != _base(rows):
             setups.setdefault(f"{row.engine} {row.setup}", []).append(row)
-    for label, alike in setups.items():
-        if label != _base(rows):
-            alike.sort(key=lambda row: places[row.size])
-            ratios = [_ms(bases[row.size]) / _ms(row) for row in alike]
-            bars = [
-                value * (_spread(row) + _spread(bases[row.size])) / 2 for value, row in zip(ratios, alike, strict=True)
-            ]
-            axes.errorbar(
-                [places[row.size] for row in alike], ratios, bars, marker="o", ms=3, label=label, **_look(label)
-            )
-    axes.axhline(1.0, color="black", lw=0.8)
-    names = [f"{batch}" if output > 1 else f"{batch} x {prompt}\nprompt" for batch, prompt, output in places]
-    axes.set_xticks(range(len(names)), names, fontsize=7)
-    axes.set_ylim(bottom=0)
-    axes.set(xlabel="requests that decode; prompts", ylabel=f"speed / {_base(rows)}'s")
-    axes.set_title(device, fontsize=9)
-    axes.legend(fontsize=7)
+    for number, (label, alike) in enumerate(setups.items()):
+        shift = 0.06 * (number - (len(setups) - 1) / 2)
+        _draw_setup(axes, label, alike, bases, {size: place + shift for size, place in places.items()})
+    axes.axhline(1.0, color="black", lw=1)
+    if 0 < prompts < len(bases):
+        axes.axvline(len(bases) - prompts - 0.2, color="grey", lw=0.6)
+    names = [f"{batch} x {prompt}" if _is_prompt((batch, prompt, n)) else f"{batch}" for batch, prompt, n in places]
+    axes.set_xticks(list(places.values()), names, fontsize=9)
+    axes.set_ylim(0, None)
+    axes.grid(axis="y", lw=0.4, alpha=0.6)
+    axes.set_xlabel(
+        "requests that decode" + (" | prompts: requests x tokens, until the first token" if prompts else "")
+    )
+    axes.set_ylabel(f"speed over {_label(_base(rows))}'s")
+    axes.set_title(_where(results), fontsize=10)
+    axes.legend(fontsize=9, ncols=2, loc="lower left")
+
+
+def _draw_setup(axes, label: str, rows: Sequence[Generation], bases: Mapping, places: Mapping) -> None:
+    """A line through the batches that decode; points for prompts, which are no such series."""
+    for prompt in (False, True):
+        part = sorted((row for row in rows if _is_prompt(row.size) == prompt), key=lambda row: places[row.size])
+        ratios = [_ms(bases[row.size]) / _ms(row) for row in part]
+        bars = [value * _spread(row, bases[row.size]) / 2 for value, row in zip(ratios, part, strict=True)]
+        look = _look(label) | ({"ls": "none"} if prompt else {})
+        if part:
+            name = None if prompt and len(part) < len(rows) else _label(label)
+            xs = [places[row.size] for row in part]
+            axes.errorbar(xs, ratios, bars, label=name, marker="o", ms=4, capsize=2, **look)
+
+
+def _where(results: Results) -> str:
+    """Card, versions and model."""
+    where = results.environment
+    vllm = f", vLLM {where.vllm}" if where.vllm and any(row.engine == "vllm" for row in results.rows) else ""
+    return f"{where.device}{vllm}, torch {where.torch.partition('+')[0]}: {model_of(results.command)}"
+
+
+def _label(name: str) -> str:
+    """A setup's name in a legend."""
+    return (
+        name.removeprefix("vllm ").replace("fp8_per_channel", "FP8 per channel").replace("baseline ", "small engine ")
+    )
 
 
 def _ms(row: Generation) -> float:
-    return row.tpot_ms or row.ttft_ms
+    return row.ttft_ms if _is_prompt(row.size) or row.tpot_ms is None else row.tpot_ms
 
 
-def _spread(row: Generation) -> float:
-    return row.spread.get("tpot_ms" if row.tpot_ms else "ttft_ms", 0.0) if isinstance(row, Measured) else 0.0
+def _spread(*rows: Generation) -> float:
+    """The ranges over their medians of the times that `_ms` gives, added up."""
+    names = ["ttft_ms" if _is_prompt(row.size) else "tpot_ms" for row in rows]
+    return sum(row.spread.get(name, 0.0) for row, name in zip(rows, names, strict=True) if isinstance(row, Measured))
+
+
+_COLOURS = {
+    "rowint8": "#0b5fbf",
+    "rowint8-a8": "#d1480b",
+    "rowint8-lm-head": "#6aa9e8",
+    "fp8_per_channel": "#1f8a4c",
+    "fp8": "#9aa800",
+    "w8a8": "#8b45b5",
+    "w8a16": "#8a6d3b",
+    "humming": "#444444",
+    "int8": "#5bb8c4",
+    "int8-fused": "#00838f",
+    "int8-a8": "#c2185b",
+    "int8-fused-lm-head": "#e08a9d",
+    "bf16-graph": "#777777",
+    "bf16-compile": "#aaaaaa",
+    "bf16-eager": "#c9b48a",
+}
+"""Setups to their colours in every picture; others have matplotlib's."""
+_OURS = ("rowint8", "rowint8-a8", "int8-fused", "int8-a8")
 
 
 def _look(label: str) -> dict:
-    ours = label.removeprefix("vllm ").removeprefix("baseline ").startswith(("rowint8", "int8"))
-    return dict(lw=2.4, zorder=5) if ours else dict(lw=1.1)
+    """Ours bold; a setup has one colour in every picture, and the small engine's lines are dashed."""
+    engine, _, setup = label.rpartition(" ")
+    look: dict = dict(lw=2.8, zorder=5) if setup in _OURS else dict(lw=1.2)
+    look |= {"color": _COLOURS[setup]} if setup in _COLOURS else {}
+    return look | ({"ls": "--"} if engine == "baseline" else {})
 
 
 def _kl(rows: Sequence[FidelityRow], axes) -> None:

@@ -1,7 +1,9 @@
 """A table, described once: Markdown for the documents, and rich for a console of 80 columns."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import rich.table
@@ -9,6 +11,22 @@ from rich import box
 from rich.markup import escape
 
 from rowint8.eval import markdown
+from rowint8.eval.models import DEFAULT_MODEL
+
+_MODEL_OPTIONS = re.compile(r"--(model|config|layers)[ =](\S+)")
+_RANDOM_BY_DEFAULT = re.compile(r"rowint8 (bench|profile)\b")
+
+
+def model_of(command: str) -> str:
+    """What a command of `rowint8` measures: "random weights of llama-3.1-8b's shape", or a model's name; without an
+    option engines get the first and quality SmolLM2."""
+    options = dict(_MODEL_OPTIONS.findall(command))
+    if "model" in options:
+        return Path(options["model"]).name
+    if not _RANDOM_BY_DEFAULT.match(command):
+        return "smollm2-135m-instruct"
+    layers = f" with {options['layers']} layers" if "layers" in options else ""
+    return f"random weights of {options.get('config', DEFAULT_MODEL)}'s shape{layers}"
 
 
 class Column(NamedTuple):

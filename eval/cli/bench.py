@@ -103,7 +103,7 @@ def bench_serve(
         arguments = {**loading, **job.server_arguments(load, tensor_parallel_size, enforce_eager)}
         failed = kept.measure(names, lambda name: job.run_setup(name, folder, arguments, sent_at, load, repeats))
     by_rate = sorted(kept.rows, key=lambda row: row.request_rate)
-    kept.finish(failed, lambda _: serve_table(("", row) for row in by_rate))
+    kept.finish(failed, lambda _: serve_table(by_rate))
 
 
 @bench.command("engine")

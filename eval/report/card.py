@@ -52,7 +52,7 @@ def _part(name: str, results: Results) -> str:
     if isinstance(rows[0], Generation):
         shown = course_table(rows)
     elif isinstance(rows[0], ServeRow):
-        shown = serve_table(("", row) for row in rows)
+        shown = serve_table(rows)
     elif isinstance(rows[0], QualityRow):
         shown = quality_table(rows)
     elif isinstance(rows[0], FidelityRow):

@@ -6,6 +6,8 @@ from rowint8.eval.results.files import Results
 from rowint8.eval.results.schema import ChainRow
 from rowint8.eval.tables import Table
 
+TOKENS = (1, 8, 32, 64, 128, 129, 256, 300, 513, 1100, 3000)
+"""Numbers of tokens in documents."""
 COLUMNS = ("M", "chain", "us", "spread", "x bf16", "95% interval", "products us", "alone us", "x alone")
 
 
@@ -44,10 +46,18 @@ def kernels_line(rows: Sequence[ChainRow]) -> str:
     return ". ".join(f"{chain}: {kernels}" for chain, kernels in made) + "."
 
 
-def chain_section(results: Results[ChainRow]) -> str:
-    """Where and of what, and the table."""
-    first, where = results.rows[0], results.environment
-    line = f"{where.device}, torch {where.torch}, Triton {where.triton}, vLLM {where.vllm or 'not installed'}; "
-    line += f"{first.layers} layers of {first.model} in one CUDA graph, attention left out, bf16 activations. "
-    line += "Products: the chain less its norms and activations alone; alone: the products' isolated calls. "
-    return f"{line}{kernels_line(results.rows)}\n\n{chain_table(results.rows).markdown()}"
+def chain_part(results: Results[ChainRow]) -> str:
+    """Where and of what, and each chain's time over bf16's at some numbers of tokens; the picture has the others."""
+    rows, where = results.rows, results.environment
+    chains = [chain for chain in dict.fromkeys(row.chain for row in rows) if chain != "bf16"]
+    found = {(row.M, row.chain): row for row in rows}
+    counts = [m for m in TOKENS if (m, "bf16") in found] or sorted({row.M for row in rows})
+    lines = []
+    for m in counts:
+        ratios = [found[m, chain].ratio if (m, chain) in found else None for chain in chains]
+        bf16 = f"{found[m, 'bf16'].us:.0f}" if (m, "bf16") in found else ""
+        lines.append([str(m), bf16, *(f"{r.value:.2f} ({r.low:.2f} to {r.high:.2f})" if r else "" for r in ratios)])
+    head = f"{where.device}, torch {where.torch}, Triton {where.triton}, vLLM {where.vllm or 'not installed'}; "
+    head += f"{rows[0].layers} layers of {rows[0].model} in one CUDA graph, attention left out. Time over bf16's, 95% "
+    head += f"intervals. {kernels_line(rows)}"
+    return f"{head}\n\n{Table(['tokens', 'bf16 us', *chains], lines).markdown()}"

@@ -1,53 +1,82 @@
 """results/*.json as Markdown: REPORT.md, and the generated parts of other documents. Measures nothing.
 
-A part of a document whose file is missing is TBD. New files of a known kind need no change here.
+A part of a document whose file is missing is one line. New files of a known kind need no change here.
 """
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rowint8.eval.errors import EvalError
-from rowint8.eval.markdown import TBD, fill, folded, number, table
-from rowint8.eval.models import MODELS, embedding_bytes
+from rowint8.eval.markdown import TBD, fill, folded, table
 from rowint8.eval.plots import pictures
 from rowint8.eval.report.card import contributed
-from rowint8.eval.report.chain import chain_section
+from rowint8.eval.report.chain import chain_part
 from rowint8.eval.report.checks import check_all, read_ceilings
-from rowint8.eval.report.engine import engine_part
-from rowint8.eval.report.kernels import compiler_table, kernel_section, limits, short_table, tallies
+from rowint8.eval.report.engine import commit_of, course_part, engine_part, gaps_table, rates_part
+from rowint8.eval.report.kernels import compiler_table, kernel_part, kernel_section, limits, short_table
 from rowint8.eval.report.memory import memory_section
 from rowint8.eval.report.profile import parts_part, profile_section
-from rowint8.eval.report.quality import agreement_cells, fidelity_line, fidelity_table, quality_summary, quality_table
-from rowint8.eval.report.serve import serve_table
-from rowint8.eval.report.vllm import vllm_part
-from rowint8.eval.results.files import Results, read_results
+from rowint8.eval.report.quality import (
+    agreement_cells,
+    agreement_table,
+    fidelity_line,
+    fidelity_section,
+    quality_summary,
+)
+from rowint8.eval.report.serve import serve_part
+from rowint8.eval.report.vllm import cost_table
+from rowint8.eval.results.files import Environment, Results, read_results
 from rowint8.eval.results.schema import (
-    GIB,
     AgreementRow,
     ChainRow,
     EngineRow,
     FidelityRow,
     Generation,
     KernelRow,
-    Measured,
     ProfileRow,
     QualityRow,
     ServeRow,
+    VllmRow,
 )
+from rowint8.eval.tables import model_of
 
 Found = Mapping[str, Results]
 """Result files by their names without ".json"."""
 Section = Callable[[Results], str]
 """Makes Markdown of a result file."""
 
-_SPREADS = {"ttft_ms": "TTFT", "tok_s": "tok/s"}
-_LLAMA_FILES = ("engine-h200", "vllm-h200", "engine-h100", "vllm-h100")
-"""Files of models with Llama-3.1-8B's shape."""
 _CONTRIBUTED = "docs/contributed.md"
 """Blocks of `rowint8 card` from other machines, which are checked."""
-_DOCUMENTS = ("README.md", "POSTMORTEM.md", "docs/engine.md", "docs/vllm.md")
+_DOCUMENTS = ("README.md", "POSTMORTEM.md", "docs/engine.md", "docs/kernels.md", "docs/quality.md", "docs/vllm.md")
+_FILES: dict[str, tuple[type, *tuple[str, ...]]] = {
+    "vllm": (VllmRow, "vllm-h200", "vllm-0.33-h200"),
+    "vllm-2": (VllmRow, "vllm-h200x2"),
+    "engine": (EngineRow, "engine-h200"),
+    "engine-cpu": (EngineRow, "engine-cpu"),
+    "kernels": (KernelRow, "kernels-h200"),
+    "compiler": (KernelRow, "kernels-compile-h200", "kernels-compile-h100"),
+    "chain": (ChainRow, "chain-h200"),
+    "profile": (ProfileRow, "profile-h200"),
+    "serve": (ServeRow, "serve-h200"),
+    "quality": (QualityRow, "quality-h200", "quality-h100"),
+    "quality-fp32": (QualityRow, "quality-smollm2"),
+    "fidelity": (FidelityRow, "fidelity-a8-smollm2"),
+    "fidelity-weights": (FidelityRow, "fidelity-smollm2"),
+}
+"""What is shown, to the rows and the names of the files that may hold it; the newest counts."""
+_QUALITY: dict[str, Section] = {"quality": quality_summary, "fidelity": fidelity_line}
+_CHAPTERS: dict[type, Section] = {
+    Generation: rates_part,
+    ServeRow: serve_part,
+    ProfileRow: profile_section,
+    KernelRow: kernel_section,
+    ChainRow: chain_part,
+    QualityRow: quality_summary,
+    FidelityRow: fidelity_section,
+    AgreementRow: lambda results: agreement_table(results.rows).markdown(),
+}
 
 
 def read_folder(folder: Path) -> dict[str, Results]:
@@ -64,7 +93,7 @@ def read_folder(folder: Path) -> dict[str, Results]:
 
 
 def documents(folder: Path, found: Found) -> dict[Path, str]:
-    """What REPORT.md and the documents with generated parts should be; those beside the folder, where they exist.
+    """What REPORT.md, the cards' pages and the documents with generated parts, where they exist, should be.
 
     Raises:
         EvalError: a document cannot be read, asks for a part that does not exist, or holds a block that is wrong.
@@ -74,7 +103,8 @@ def documents(folder: Path, found: Found) -> dict[Path, str]:
         contributed(_text(above / _CONTRIBUTED), _CONTRIBUTED)
     beside = [above / name for name in _DOCUMENTS]
     filled = {path: fill(_text(path), parts(found), path.name) for path in beside if path.is_file()}
-    return {folder / "REPORT.md": report(found), **filled}
+    pages = {folder / f"{name}.md": text for name, text in card_pages(found).items()}
+    return {folder / "REPORT.md": report(found), **pages, **filled}
 
 
 def _text(path: Path) -> str:
@@ -85,24 +115,50 @@ def _text(path: Path) -> str:
 
 
 def parts(found: Found) -> dict[str, str]:
-    """The generated parts of other documents by the names in their markers."""
-    kernels = found.get("kernels-h200")
-    return {
-        "kernels": f"{short_table(kernels)}\n{tallies(_of_kind(found, KernelRow))}",
-        "quality": _section(found, "quality-smollm2", quality_summary),
-        "quality-h100": _section(found, "quality-h100", quality_summary),
-        "agreement": _agreement(found) or TBD,
-        "limits": limits(kernels),
-        "compiler": compiler_table(found.get("kernels-compile-h100")),
-        "gaps": _gaps(found),
-        "vllm": _section(found, "vllm-h200", vllm_part),
-        "vllm-h100": _section(found, "vllm-h100", vllm_part),
-        "vllm-tp2": "\n".join(_section(found, f"vllm-{cards}", vllm_part) for cards in ("h100x2", "h200x2")),
-        "fidelity": _section(found, "fidelity-smollm2", fidelity_line),
-        "profile": _section(found, "profile-h100", parts_part),
-        "engine": _section(found, "engine-h200", engine_part),
-        "engine-cpu": _section(found, "engine-cpu", engine_part),
+    """The generated parts of other documents by the names in their markers; a line where the file is missing."""
+    tables: dict[str, Section] = {
+        "vllm": rates_part,
+        "vllm-2": rates_part,
+        "engine": engine_part,
+        "engine-cpu": engine_part,
+        "kernels": short_table,
+        "compiler": compiler_table,
+        "chain": chain_part,
+        "profile": parts_part,
+        "quality": quality_summary,
+        "quality-fp32": quality_summary,
+        "fidelity": fidelity_line,
+        "fidelity-weights": fidelity_line,
     }
+    made = {kind: _part(found, kind, section) for kind, section in tables.items()}
+    made |= {"limits": _part(found, "kernels", limits), "agreement": _agreement(found) or TBD}
+    rates = read_ceilings(found)
+    made["gaps"] = gaps_table([each for kind in ("engine", "vllm") if (each := _newest(found, kind))], rates)
+    costs = cost_table(*(_newest(found, kind) for kind in ("vllm", "serve", "fidelity")))
+    return made | {"picture": _picture(found), "costs": costs}
+
+
+def _newest(found: Found, kind: str) -> tuple[str, Results] | None:
+    """Name and content of the newest of a kind: of its _FILES, else of all with such rows."""
+    row_type, *stems = _FILES[kind]
+    there = [(stem, found[stem]) for stem in stems if stem in found]
+    there = there or [item for item in found.items() if isinstance(item[1].rows[0], row_type)]
+    return max(there, key=lambda item: item[1].environment.date, default=None)
+
+
+def _part(found: Found, kind: str, section: Section) -> str:
+    newest = _newest(found, kind)
+    return section(newest[1]) if newest else f"{TBD}: {_FILES[kind][1]}.json is not measured."
+
+
+def _picture(found: Found) -> str:
+    """The speed of engines, for a document beside the folder."""
+    newest = _newest(found, "vllm")
+    name = f"{newest[0]}-batch.svg" if newest else ""
+    if newest is None or name not in pictures(found):
+        return TBD
+    where = newest[1].environment
+    return f"![speed over bf16 on {where.device}, {model_of(newest[1].command)}](results/{name})"
 
 
 def refuse_mixed(found: Found) -> None:
@@ -121,144 +177,80 @@ def refuse_mixed(found: Found) -> None:
 
 
 def report(found: Found) -> str:
-    """REPORT.md: a section for each kind of row that the files have."""
+    """REPORT.md: the newest of each kind, the same task for every setup first, and which files there are."""
     sections = {
-        "Whole engines": _engines(found),
-        "Prompt processing and token generation": _pp_tg(found),
-        "Serving under load": _serving(found),
-        "Where a decode step's time goes": _chapters(found, ProfileRow, profile_section),
-        "Kernels": _kernels(found),
-        "Layers without attention": _chapters(found, ChainRow, chain_section),
+        "The same model and task in every setup": _of(found, "engine", course_part) or _of(found, "vllm", course_part),
+        "vLLM: prompts (pp) and decoding (tg)": _of(found, "vllm", rates_part),
+        "The small engine, step by step, beside vLLM": _of(found, "engine", rates_part),
+        "Serving under load": _of(found, "serve", serve_part),
+        "Where a decode step's time goes": _of(found, "profile", parts_part),
+        "Kernels": _of(found, "kernels", kernel_part),
+        "Layers without attention": _of(found, "chain", chain_part),
         "Memory": memory_section(read_ceilings(found)),
-        "Quality": _quality(found),
+        "Quality": "\n".join(_of(found, kind, section) for kind, section in _QUALITY.items()),
         "Agreement of the two engines": _agreement(found),
-        "Plots": "\n".join(f"![{name}]({name})" for name in pictures(found)),
-        "Reproduction": _reproduction(found),
+        "Files": _files(found),
     }
+    cards = sorted({page_of(results.environment) for results in found.values()})
     head = "# Report\n\nWritten by `rowint8 report` from the files in this folder; do not edit. "
-    head += "What the columns mean is defined in [metrics.py](../baseline_engine/metrics.py).\n"
+    head += f"All files, a chapter each: {', '.join(f'[{card}]({card}.md)' for card in cards)}. "
+    head += f"[metrics.py](../baseline_engine/metrics.py) defines the columns. {_mixture(found)}\n"
     return head + "".join(f"\n## {title}\n\n{text.strip()}\n" for title, text in sections.items() if text.strip())
 
 
-def _of_kind(found: Found, kind: type) -> dict[str, Results]:
-    return {stem: results for stem, results in found.items() if isinstance(results.rows[0], kind)}
+def _of(found: Found, kind: str, section: Section) -> str:
+    """The section of the newest file of a kind, with its picture; empty where there is none."""
+    newest = _newest(found, kind)
+    return _chapter(found, newest[0], section) if newest else ""
 
 
-def _chapters(found: Found, kind: type, section: Section) -> str:
-    """A chapter for every file with such rows."""
-    return "\n".join(f"### {stem}\n\n{section(each)}\n" for stem, each in _of_kind(found, kind).items())
+def _chapter(found: Found, stem: str, section: Section) -> str:
+    drawn = [name for name in pictures(found) if re.fullmatch(rf"{re.escape(stem)}(-[a-z]+)?\.svg", name)]
+    shown = "".join(f"![{name}]({name})\n\n" for name in drawn)
+    return f"{shown}[{stem}]({stem}.json): {section(found[stem])}\n"
 
 
-def _section(found: Found, stem: str, section: Section) -> str:
-    return section(found[stem]) if stem in found else TBD
+def _mixture(found: Found) -> str:
+    commits = {results.environment.git_commit for results in found.values()}
+    if len(commits) == 1:
+        return "All files are of one commit."
+    return (
+        f"**The files are of {len(commits)} commits**, named in [Files](#files); older ones measured older kernels. "
+        "Compare numbers of one file only."
+    )
 
 
-def _kernels(found: Found) -> str:
-    kernels = _of_kind(found, KernelRow)
-    return f"{tallies(kernels)}\n{_chapters(found, KernelRow, kernel_section)}" if kernels else ""
+def card_pages(found: Found) -> dict[str, str]:
+    """A page for each card, and one for CPUs: every file of it, whole in a table or two."""
+    pages: dict[str, str] = {}
+    for stem, results in found.items():
+        section = next(section for kind, section in _CHAPTERS.items() if isinstance(results.rows[0], kind))
+        name = page_of(results.environment)
+        pages.setdefault(name, f"# Everything measured: {name}\n\nWritten by `rowint8 report`; do not edit.\n")
+        pages[name] += f"\n## {stem}\n\n{_chapter(found, stem, section)}"
+    return pages
 
 
-def _engines(found: Found) -> str:
-    note = "baseline: the small engine of this repository; x: tok/s over the first line's of the same batch and tokens."
-    chapters = _chapters(found, Generation, engine_chapter)
-    return f"{note}\n\n{chapters}" if chapters else ""
-
-
-def engine_chapter(results: Results[Generation]) -> str:
-    """Where, by what, and a line a row."""
-    rows = results.rows
-    tasks = list(dict.fromkeys(row.size for row in rows))
-    firsts = {row.size: row for row in reversed(rows)}
-    lines = [_engine_cells(row, firsts[row.size]) for row in sorted(rows, key=lambda row: tasks.index(row.size))]
-    heading = ["setup", "batch", "prompt tokens", "output tokens", "TTFT ms", "tok/s", "peak memory GiB", "notes"]
-    return f"{results.environment.device}, `{results.command}`\n\n{table(heading, lines)}"
-
-
-def _role(row: Generation) -> str:
-    """The engine and setup without its mode, such as "baseline int8-fused"."""
-    return re.sub("-(eager|compile|graph)$", "", f"{row.engine} {row.setup}")
-
-
-def _engine_cells(row: Generation, first: Generation) -> list[str]:
-    counts = [str(n) for n in (row.batch, row.prompt_tokens, row.output_tokens)]
-    gaps = f"ITL {row.itl_ms:.2f} ms, TPOT {row.tpot_ms:.2f} ms, " if row.itl_ms and row.tpot_ms else ""
-    notes = f"{gaps}weights {row.weights_gib:.3f} GiB, {row.tok_s / first.tok_s:.2f}x"
-    if isinstance(row, EngineRow) and row.host_ms is not None and row.kv_waste is not None:
-        notes += f", host {row.host_ms:.2f} ms a step, KV waste {row.kv_waste:.1%}, {row.attention} attention"
-    if isinstance(row, Measured):
-        notes += "".join(
-            f", spread of {name} {row.spread[key]:.0%}" for key, name in _SPREADS.items() if key in row.spread
-        )
-    times = [number(row.ttft_ms, 1), number(row.tok_s, 1), number(row.peak_mem_gib, 3)]
-    return [f"{row.engine} {row.setup}", *counts, *times, notes]
-
-
-def _pp_tg(found: Found) -> str:
-    lines = []
-    for stem, results in _of_kind(found, Generation).items():
-        for row in results.rows:
-            setup = [stem, f"{row.engine} {row.setup}", number(row.weights_gib, 3), str(row.batch)]
-            if row.output_tokens == 1 or row.batch == 1:
-                lines.append([*setup, f"pp{row.prompt_tokens}", f"{row.prompt_tokens * _prompts_s(row):.1f}"])
-            if row.tpot_ms:
-                lines.append([*setup, f"tg{row.output_tokens}", f"{row.batch * 1000 / row.tpot_ms:.1f}"])
-    note = "\npp: prompt tokens a second until the first token; tg: batch / TPOT, the prompts left out.\n"
-    return table(["file", "setup", "weights GiB", "batch", "test", "t/s"], lines) + note if lines else ""
-
-
-def _prompts_s(row: Generation) -> float:
-    return row.tok_s if row.output_tokens == 1 else 1000 / row.ttft_ms
-
-
-def _serving(found: Found) -> str:
-    rows = [(stem, row) for stem, results in _of_kind(found, ServeRow).items() for row in results.rows]
-    return serve_table(rows).markdown() if rows else ""
-
-
-def _quality(found: Found) -> str:
-    lm_eval = _chapters(found, QualityRow, lambda results: quality_table(results.rows).markdown())
-    kl = _chapters(found, FidelityRow, lambda results: fidelity_table(results.rows).markdown())
-    return f"{lm_eval}\n{kl}"
+def page_of(where: Environment) -> str:
+    """Such as "h200", or "cpu"."""
+    return where.device.removeprefix("NVIDIA ").split()[0].lower() if where.driver else "cpu"
 
 
 def _agreement(found: Found) -> str:
-    lines = [agreement_cells(stem, results) for stem, results in _of_kind(found, AgreementRow).items()]
+    lines = [agreement_cells(*item) for item in found.items() if isinstance(item[1].rows[0], AgreementRow)]
     headings = ["file", "greedy tokens, rowint8", "on", "prompts that agree", "gaps where they part, nats"]
     return table(headings, lines) if lines else ""
 
 
-def _gaps(found: Found) -> str:
-    """One request: time a token beside the least to read what a step reads, and beside vLLM's with the same weights."""
-    ceilings = read_ceilings(found)
-    lines = []
-    for stem in _LLAMA_FILES:
-        results = found.get(stem)
-        rows = [row for row in results.rows if row.batch == 1 and row.tpot_ms] if results else []
-        rates = ceilings.get(results.environment.device) if results else None
-        lines += [_gap_cells(stem, row, rows, rates) for row in rows] or [[stem, *[TBD] * 5]]
-    return table(["file", "setup", "TPOT ms", "reading the weights, ms", "x that", "x vLLM's"], lines)
-
-
-def _gap_cells(stem: str, row: Generation, rows: Sequence[Generation], read_tb_s: float | None) -> list[str]:
-    tpot = row.tpot_ms or 0.0
-    read = row.weights_gib * GIB - embedding_bytes(MODELS["llama-3.1-8b"])
-    least = read / read_tb_s / 1e9 if read_tb_s else None
-    peer = "vllm bf16" if "bf16" in row.setup else "vllm rowint8"
-    vllm = next((other.tpot_ms for other in rows if _role(other) == peer), None) if row.engine == "baseline" else None
-    beside = f"{tpot / vllm:.2f}" if vllm else "-"
-    times = [f"{tpot:.2f}", number(least, 2), number(tpot / least if least else None, 2), beside]
-    return [stem, f"{row.engine} {row.setup}", *times]
-
-
-def _reproduction(found: Found) -> str:
+def _files(found: Found) -> str:
+    """Every file with its machine and versions, and the commands, folded."""
     heading = ["file", "measured", "device", "driver", "python", "torch", "triton", "transformers", "vllm", "commit"]
-    lines, commands = [], ""
+    lines = []
     for stem, results in found.items():
         env = results.environment
-        commit = (env.git_commit or "not a checkout")[:14] + (" + changes" if env.git_dirty else "")
         versions = [env.driver, env.python, env.torch, env.triton, env.transformers, env.vllm]
-        lines.append([f"[{stem}]({stem}.json)", env.date, env.device, *(v or "none" for v in versions), commit])
-        inner = [row.command for row in results.rows if getattr(row, "command", None)]
-        commands += "\n".join([f"# {stem}.json", results.command, *(f"#   {line}" for line in inner), ""])
-    note = "A command's `--json` names the file only; lines after `#` are what it ran.\n\n"
+        told = [env.date[:10], env.device, *(v or "none" for v in versions), commit_of(env)]
+        lines.append([f"[{stem}]({stem}.json)", *told])
+    commands = "".join(f"{stem}: {results.command}\n" for stem, results in found.items())
+    note = "A command's `--json` names the file only. The clients' command lines are in the files of `bench serve`.\n\n"
     return f"{table(heading, lines)}\n" + folded("Commands", f"{note}```\n{commands}```\n")

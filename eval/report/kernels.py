@@ -1,6 +1,6 @@
 """Kernel rows: each time for the console; in documents beside the best that is not ours, cell by cell and counted."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from rowint8.eval.markdown import TBD, folded, number, table
 from rowint8.eval.results.files import Results
@@ -11,16 +11,16 @@ from rowint8.eval.tables import Table
 README_TOKENS = (1, 4, 16, 64, 128, 256, 512, 2048, 8192)
 _INT8 = ("marlin", "machete", "gemlite", "humming", "cutlass")
 _WORST = 10
+_WORST_IN_DOCUMENTS = 5
 
 
-def short_table(results: Results[KernelRow] | None) -> str:
+def short_table(results: Results[KernelRow]) -> str:
     """gate_up and SwiGLU of Llama-3.1-8B, then where rowint8 is slower than the best other."""
-    rows = {(row.op, row.M): row for row in (results.rows if results else ()) if row.shape == "gate_up"}
+    rows = {(row.op, row.M): row for row in results.rows if row.shape == "gate_up"}
     heading = ["tokens", "gate_up: rowint8", "cuBLAS bf16", "best other INT8", "ratio"]
     heading += ["SwiGLU: rowint8", "cuBLAS bf16 + SiLU", "best other INT8 + SiLU", "ratio"]
     lines = [[str(m), *_cells(rows.get(("linear", m))), *_cells(rows.get(("swiglu", m)))] for m in README_TOKENS]
-    text = table(heading, lines)
-    return f"{conditions(results)}\n\n{text}\n{misses_line(results.rows)}\n" if results else text
+    return f"{conditions(results)}\n\n{table(heading, lines)}\n{misses_line(results.rows)}\n"
 
 
 def _cells(row: KernelRow | None) -> list[str]:
@@ -49,23 +49,6 @@ def conditions(results: Results[KernelRow]) -> str:
             f"; ceilings of the run: {results.ceilings.read_tb_s:.2f} TB/s, {results.ceilings.bf16_tflop_s:.0f} TFLOP/s"
         )
     return line + "."
-
-
-def tallies(files: Mapping[str, Results[KernelRow]]) -> str:
-    """Cells (operator, shape, tokens) won and lost, a line a file."""
-    lines = []
-    for stem, results in files.items():
-        ratios = [value for row in results.rows if (value := ratio(row))]
-        faster, slower = sum(value < 1 - EVEN for value in ratios), sum(value > 1 + EVEN for value in ratios)
-        counts = map(str, (len(ratios), faster, len(ratios) - faster - slower, slower))
-        lines.append([stem, ", ".join(_others(results)), *counts])
-    heading = ["cells against the best other", "others", "cells", "faster", f"within {EVEN:.0%}", "slower"]
-    return table(heading, lines or [[TBD] * 6])
-
-
-def _others(results: Results[KernelRow]) -> list[str]:
-    names = [name.removesuffix("_vllm") for row in results.rows for name in row.us]
-    return [name for name in dict.fromkeys(names) if name not in ("rowint8", "unfused")]
 
 
 def misses_line(rows: Sequence[KernelRow]) -> str:
@@ -104,32 +87,34 @@ def _worst_cells(row: KernelRow) -> list[str]:
     ]
 
 
+def kernel_part(results: Results[KernelRow]) -> str:
+    """`short_table`, and the share of the card's limit of each operator and shape."""
+    return f"{short_table(results)}\n{limits(results)}"
+
+
 def kernel_section(results: Results[KernelRow]) -> str:
-    """The worst cells and how many are slower, and a table of all, both folded."""
-    rows = results.rows
-    cells = folded(f"All {len(rows)} cells", _all_cells(rows, results.ceilings))
-    worst = folded(f"The worst {_WORST} cells", f"{worst_table(rows).markdown()}\n{misses_line(rows)}\n")
-    return "\n\n".join([conditions(results), worst, cells])
+    """Each operator and shape at some numbers of tokens, how many cells are slower, and the worst of them, folded."""
+    worst = Table(worst_table(results.rows).columns, worst_table(results.rows).lines[:_WORST_IN_DOCUMENTS]).markdown()
+    note = "Time over the best other's, in brackets the share of the least time that the card allows."
+    lost = folded(f"The worst {_WORST_IN_DOCUMENTS} cells", worst)
+    return f"{conditions(results)} {note}\n\n{_ratios(results)}\n{misses_line(results.rows)}\n\n{lost}"
 
 
-def _all_cells(rows: Sequence[KernelRow], ceilings: Ceilings | None) -> str:
+def _ratios(results: Results[KernelRow]) -> str:
+    rows = {(row.op, row.shape, row.M): row for row in results.rows}
+    counts = [m for m in README_TOKENS if any(m == row.M for row in results.rows)]
     lines = []
-    for row in rows:
-        best = best_peer(row)
-        spread = max(row.spread.get(name, 0.0) for name in ("rowint8", best) if name)
-        share = f"{limit_us(row, ceilings) / row.us['rowint8']:.0%}" if ceilings and row.op != "add_rms_norm" else ""
-        shape = f"{row.shape} [{row.N}]" if row.op == "add_rms_norm" else f"{row.shape} [{row.N}, {row.K}]"
-        cells = [
-            row.op,
-            shape,
-            str(row.M),
-            f"{row.us['rowint8']:.1f}",
-            _fastest(row),
-            number(ratio(row), 2),
-            f"{spread:.0%}",
-        ]
-        lines.append([*cells, share])
-    return table(["operator", "shape", "M", "rowint8", "best other", "ratio", "spread", "of limit"], lines)
+    for op, shape in dict.fromkeys(key[:2] for key in rows):
+        lines.append([f"{op} {shape}", *(_ratio_cell(rows.get((op, shape, m)), results.ceilings) for m in counts)])
+    return table(["tokens", *map(str, counts)], lines)
+
+
+def _ratio_cell(row: KernelRow | None, ceilings: Ceilings | None) -> str:
+    if row is None:
+        return ""
+    value = ratio(row)
+    told = f"{value:.2f}" if value else "-"
+    return f"{told} ({_share(row, ceilings)})" if ceilings and row.op != "add_rms_norm" else told
 
 
 def kernel_tables(rows: Sequence[KernelRow], ceilings: Ceilings) -> list[Table]:
@@ -166,24 +151,24 @@ def _console_cells(row: KernelRow, others: Sequence[str], ceilings: Ceilings) ->
     ]
 
 
-def limits(results: Results[KernelRow] | None, tokens: Sequence[int] = (1, 16, 64, 128, 256, 512, 2048)) -> str:
+def limits(results: Results[KernelRow], tokens: Sequence[int] = (1, 16, 64, 128, 256, 512, 2048)) -> str:
     """Share of the card's limit that rowint8 reaches, a line an operator and shape."""
-    rows = {(row.op, row.shape, row.M): row for row in (results.rows if results else ()) if row.op != "add_rms_norm"}
+    rows = {(row.op, row.shape, row.M): row for row in results.rows if row.op != "add_rms_norm"}
     lines = []
     for op, shape in dict.fromkeys(key[:2] for key in rows):
         cells = [rows.get((op, shape, m)) for m in tokens]
-        lines.append([f"{op} {shape}", *(_share(row, results.ceilings if results else None) for row in cells)])
-    return table(["of the limit", *(f"M = {m}" for m in tokens)], lines or [["linear gate_up", *[TBD] * len(tokens)]])
+        lines.append([f"{op} {shape}", *(_share(row, results.ceilings) for row in cells)])
+    return table(["of the limit", *(f"M = {m}" for m in tokens)], lines)
 
 
 def _share(row: KernelRow | None, ceilings: Ceilings | None) -> str:
     return f"{limit_us(row, ceilings) / row.us['rowint8']:.0%}" if row and ceilings else TBD
 
 
-def compiler_table(results: Results[KernelRow] | None) -> str:
+def compiler_table(results: Results[KernelRow]) -> str:
     """What torch.compile made of each operator: numbers of tokens with the same kernels share a line."""
     groups: dict[tuple, list[tuple[KernelRow, str]]] = {}
-    for row in results.rows if results else ():
+    for row in results.rows:
         for mode, made in (row.compiler or {}).items():
             groups.setdefault((row.op, mode, made.kernels, made.extern), []).append((row, mode))
     lines = []
@@ -192,4 +177,4 @@ def compiler_table(results: Results[KernelRow] | None) -> str:
         reach = " to ".join(dict.fromkeys(f"{value:.2f}" for value in (min(times), max(times)))) if times else TBD
         names = [*(f"`{name}`" for name in kernels), *(f"*{name}*" for name in extern)]
         lines.append([op, mode, ", ".join(str(row.M) for row, _ in members), ", ".join(names), reach])
-    return table(["operator", "mode", "M", "kernels (*library calls*)", "time / rowint8's"], lines or [[TBD] * 5])
+    return table(["operator", "mode", "M", "kernels (*library calls*)", "time / rowint8's"], lines)

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-from rowint8.eval.markdown import folded
 from rowint8.eval.results.files import Results
 from rowint8.eval.results.schema import PARTS, ProfileRow
-from rowint8.eval.tables import Table
+from rowint8.eval.tables import Table, model_of
 
 _ROWS = 4
 """Rows beside one another on the console."""
@@ -79,9 +78,6 @@ def parts_part(results: Results[ProfileRow]) -> str:
 
 
 def profile_section(results: Results[ProfileRow]) -> str:
-    """Parts and suspects in Markdown, with the longest kernels of each row behind a click."""
-    rows = results.rows
-    lines = [[*_case(row), f"`{name}`", f"{ms:.3f}"] for row in rows for name, ms in row.longest_ms.items()]
-    longest = folded("Longest kernels", Table([*_CASE, "kernel", "ms a step"], lines).markdown())
-    head = f"{results.environment.device}\n\n{parts_part(results)}"
-    return f"{head}\n{suspects_table(rows).markdown()}\n{_SUSPECTS_NOTE}.\n\n{longest}"
+    """Parts and suspects in Markdown; the file has the longest kernels too."""
+    head = f"{results.environment.device}; {model_of(results.command)}\n\n{parts_part(results)}"
+    return f"{head}\n{suspects_table(results.rows).markdown()}\n{_SUSPECTS_NOTE}.\n"

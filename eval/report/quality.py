@@ -5,7 +5,7 @@ from itertools import groupby
 
 from rowint8.eval.results.files import Results
 from rowint8.eval.results.schema import AgreementRow, FidelityRow, QualityRow
-from rowint8.eval.tables import Column, Table
+from rowint8.eval.tables import Column, Table, model_of
 
 _QUALITY = [
     Column("task", ""),
@@ -74,8 +74,8 @@ def quality_summary(results: Results[QualityRow]) -> str:
     for row in results.rows:
         cells = cases.setdefault((f"{row.task} ({row.questions})", row.metric), [])
         cells.append(f"{row.value:.4f}" if row.difference is None else _with_flips(row))
-    head = f"{results.environment.device}, {first.dtype}; paired differences with their standard errors, in brackets "
-    head += "questions gained and lost.\n\n"
+    head = f"{model_of(results.command)}, {results.environment.device}, {first.dtype}; paired differences with their "
+    head += "standard errors, in brackets questions gained and lost.\n\n"
     lines = [[*case, *cells] for case, cells in cases.items()]
     return head + Table(["task (questions)", "metric", *backends], lines).markdown()
 
@@ -102,15 +102,23 @@ def fidelity_table(rows: Sequence[FidelityRow]) -> Table:
 
 
 def fidelity_line(results: Results[FidelityRow]) -> str:
-    """The ways of rounding on one line each, in Markdown; layers that were rounded alone are in the report."""
+    """The ways of rounding on one line each, in Markdown, but for layers that were rounded alone."""
     lines = [
         [row.setup, f"{row.perplexity:.3f}", f"{1000 * row.kl_mean:.2f}", f"{row.same_top1:.1%}"]
         for row in results.rows
         if not row.setup.startswith("only ")
     ]
     first = results.rows[0]
-    head = f"{first.tokens} tokens of {first.text} in windows of {first.window}, arithmetic in {first.dtype}.\n\n"
+    head = f"{model_of(results.command)}; {first.tokens} tokens of {first.text} in windows of {first.window}, "
+    head += f"arithmetic in {first.dtype}.\n\n"
     return head + Table(["weights", "perplexity", "KL, thousandths of a nat", "same likeliest token"], lines).markdown()
+
+
+def fidelity_section(results: Results[FidelityRow]) -> str:
+    """`fidelity_line`, and what each kind of layer costs that was rounded alone, on one line."""
+    alone = [row for row in results.rows if row.setup.startswith("only ")]
+    told = ", ".join(f"{row.setup.removeprefix('only ')} {1000 * row.kl_mean:.2f}" for row in alone)
+    return fidelity_line(results) + (f"\nOne kind of layer rounded alone, KL: {told}.\n" if alone else "")
 
 
 def agreement_table(rows: Sequence[AgreementRow]) -> Table:

@@ -3,12 +3,12 @@
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
+from rowint8.eval.results.files import Results
 from rowint8.eval.results.schema import ServeRow
-from rowint8.eval.tables import Column, Table
+from rowint8.eval.tables import Column, Table, model_of
 
 _TIMES = [("TTFT", p) for p in ("p50", "p95", "p99")] + [("TPOT", p) for p in ("p50", "p99")]
 COLUMNS = [
-    Column("file", ""),
     Column("requests/s", "req/s"),
     Column("setup", ""),
     Column("", "setup"),
@@ -22,15 +22,15 @@ COLUMNS = [
 ]
 
 
-def serve_table(rows: Iterable[tuple[str, ServeRow]]) -> Table:
-    """A line for the runs of a setup at a rate; each row is given with the name of its file."""
+def serve_table(rows: Iterable[ServeRow]) -> Table:
+    """A line for the runs of a setup at a rate."""
     alike: dict[tuple, list[ServeRow]] = {}
-    for file, row in rows:
-        alike.setdefault((file, row.request_rate, row.setup, row.prompt_tokens, row.output_tokens), []).append(row)
+    for row in rows:
+        alike.setdefault((row.request_rate, row.setup, row.prompt_tokens, row.output_tokens), []).append(row)
     first = next(iter(alike.values()))[0]
     return Table(
         COLUMNS,
-        [_cells(key[0], runs) for key, runs in alike.items()],
+        [_cells(runs) for runs in alike.values()],
         title=f"vllm serve: {first.prompt_tokens} prompt tokens, {first.output_tokens} output tokens; ms",
         note=f"medians of the runs; ±: (largest - smallest) / median TTFT p99; good/s: requests per second with "
         f"{_limits(first)}",
@@ -39,7 +39,15 @@ def serve_table(rows: Iterable[tuple[str, ServeRow]]) -> Table:
     )
 
 
-def _cells(file: str, runs: Sequence[ServeRow]) -> list[str]:
+def serve_part(results: Results[ServeRow]) -> str:
+    """The table in Markdown, with where and of what."""
+    where = results.environment
+    head = f"{where.device}, vLLM {where.vllm}; {model_of(results.command)}; medians of the runs; "
+    head += "±: (largest - smallest) / median TTFT p99."
+    return f"{head}\n\n{serve_table(results.rows).markdown()}"
+
+
+def _cells(runs: Sequence[ServeRow]) -> list[str]:
     row, p99 = runs[0], [run.ttft_ms["p99"] for run in runs]
     setup = [f"{row.request_rate:g}", f"{row.engine} {row.setup}", row.setup]
     sizes = [str(row.prompt_tokens), str(row.output_tokens), str(len(runs))]
@@ -47,7 +55,7 @@ def _cells(file: str, runs: Sequence[ServeRow]) -> list[str]:
     spread = f"{(max(p99) - min(p99)) / statistics.median(p99):.0%}" if len(runs) > 1 else "-"
     goodput = f"{_median(runs, lambda run: run.goodput):.2f}"
     tok_s = f"{_median(runs, lambda run: run.tok_s):.1f}"
-    return [file, *setup, *sizes, *times, spread, tok_s, f"{goodput} ({_limits(row)})", goodput]
+    return [*setup, *sizes, *times, spread, tok_s, f"{goodput} ({_limits(row)})", goodput]
 
 
 def _time(metric: str, percentile: str, runs: Sequence[ServeRow]) -> str:

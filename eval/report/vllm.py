@@ -1,41 +1,75 @@
-"""Rows of `bench vllm` as tables: every number for the console, one time a workload and setup for README.md."""
+"""Rows of `bench vllm` as tables: every number for the console, and what each setup costs for README.md."""
 
+import statistics
 from collections.abc import Sequence
 
-from rowint8.eval.markdown import number
+from rowint8.eval.markdown import TBD, table
 from rowint8.eval.results.files import Results
-from rowint8.eval.results.schema import VllmRow
-from rowint8.eval.tables import Table
+from rowint8.eval.results.schema import FidelityRow, ServeRow, VllmRow
+from rowint8.eval.tables import Table, model_of
 
 BASE = "bf16"
 """The setup that ratios are taken to."""
 
 
-def vllm_part(results: Results[VllmRow]) -> str:
-    """Time between tokens while decoding, TTFT of prompts alone, start and weights; in brackets bf16's over it."""
-    environment = results.environment
-    head = f"{environment.device}, vLLM {environment.vllm}, torch {environment.torch}; "
-    head += f"medians of {results.rows[0].repeats}, in brackets {BASE}'s time / this one's.\n\n"
-    return head + _setups_across(results.rows).markdown()
+_COLUMNS = {"bf16": "bf16", "rowint8": "rowint8", "rowint8-a8": "rowint8-a8", "fp8_per_channel": "FP8 per channel"}
+"""Setups of the table of costs, and their headings."""
+_SAME_WEIGHTS = {"bf16": ("unquantized",), "fp8_per_channel": ("fp8-a8",)}
+_SAME_SERVED = {"fp8_per_channel": ("fp8_per_channel", "fp8")}
+_DECODING = ((1, "one user decodes, tok/s"), (32, "32 users, tok/s of all"), (128, "128 users, tok/s of all"))
+_PROMPTS = (((1, 2048), "a prompt of 2048 tokens, ms"), ((8, 1024), "8 prompts of 1024, ms"))
+Newest = tuple[str, Results] | None
+"""Name and content of a file."""
 
 
-def _setups_across(rows: Sequence[VllmRow]) -> Table:
-    """Workloads down, setups across."""
-    first = {row.setup: row for row in reversed(rows)}
-    setups = list(dict.fromkeys(row.setup for row in rows))
-    lines = []
-    for size in sorted({row.size for row in rows}, key=lambda size: (size[2] == 1, size)):
-        batch, prompt, output = size
-        times = {row.setup: row.ttft_ms if output == 1 else row.itl_ms for row in rows if row.size == size}
-        what = f"{batch} x {prompt}: {'TTFT' if output == 1 else 'ITL'} ms"
-        lines.append([what, *(_cell(times.get(name), times.get(BASE)) for name in setups)])
-    lines.append(["weights GiB", *(f"{first[name].weights_gib:.2f}" for name in setups)])
-    lines.append(["engine start s", *(f"{first[name].start_s:.0f}" for name in setups)])
-    return Table(["requests x prompt tokens", *setups], lines)
+def cost_table(speed: Newest, load: Newest, fidelity: Newest) -> str:
+    """What each setup takes: a line for memory, decoding, prompts, waiting under load and quality, with the file."""
+    lines = [*_speed_lines(*speed)] if speed else []
+    lines += [_load_line(*load)] if load else []
+    lines += [_fidelity_line(*fidelity)] if fidelity else []
+    return table(["", *_COLUMNS.values(), "measured on"], lines) if lines else TBD
 
 
-def _cell(time: float | None, base: float | None) -> str:
-    return number(time, 2) + (f" ({base / time:.2f})" if time and base else "")
+def _speed_lines(stem: str, results: Results[VllmRow]) -> list[list[str]]:
+    rows = {(row.setup, row.batch, row.prompt_tokens, row.output_tokens == 1): row for row in results.rows}
+    first = {row.setup: row for row in reversed(results.rows)}
+    of = _source(stem, results)
+    lines = [["weights, GiB", *(f"{first[name].weights_gib:.2f}" if name in first else "-" for name in _COLUMNS), of]]
+    for batch, what in _DECODING:
+        found = [rows.get((name, batch, 128, False)) for name in _COLUMNS]
+        lines.append(
+            [what, *(f"{batch * 1000 / row.tpot_ms:.0f}" if row and row.tpot_ms else "-" for row in found), of]
+        )
+    for (batch, prompt), what in _PROMPTS:
+        found = [rows.get((name, batch, prompt, True)) for name in _COLUMNS]
+        lines.append([what, *(f"{row.ttft_ms:.0f}" if row else "-" for row in found), of])
+    return lines
+
+
+def _load_line(stem: str, results: Results[ServeRow]) -> list[str]:
+    """The slowest percent of first tokens at the middle rate, the median of the runs."""
+    rates = sorted({row.request_rate for row in results.rows})
+    rate = rates[(len(rates) - 1) // 2]
+    cells = []
+    for name in _COLUMNS:
+        runs = [
+            row for row in results.rows if row.request_rate == rate and row.setup in _SAME_SERVED.get(name, (name,))
+        ]
+        cells.append(f"{statistics.median(row.ttft_ms['p99'] for row in runs):.0f}" if runs else "-")
+    return [f"p99 TTFT at {rate:g} requests a second, ms", *cells, _source(stem, results)]
+
+
+def _fidelity_line(stem: str, results: Results[FidelityRow]) -> list[str]:
+    found = {row.setup: row for row in results.rows}
+    rows = [
+        next((found[each] for each in _SAME_WEIGHTS.get(name, (name,)) if each in found), None) for name in _COLUMNS
+    ]
+    cells = [f"{1000 * row.kl_mean:.1f}" if row else "-" for row in rows]
+    return ["KL from the original, thousandths of a nat", *cells, _source(stem, results)]
+
+
+def _source(stem: str, results: Results) -> str:
+    return f"[{model_of(results.command)}](results/{stem}.json)"
 
 
 def speed_table(rows: Sequence[VllmRow]) -> Table:

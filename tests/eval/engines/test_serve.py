@@ -68,7 +68,7 @@ def test_a_row_of_a_report():
 def line(*rows):
     """The cells of the only line of the table."""
     console = Console(file=io.StringIO(), width=80)
-    console.print(serve_table([("", row) for row in rows]))
+    console.print(serve_table(rows))
     drawn = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert "ttft <= 200 ms, tpot <= 50 ms" in " ".join(drawn.split())
     (found,) = [line.split() for line in drawn.splitlines() if " rowint8 " in line]

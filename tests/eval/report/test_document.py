@@ -2,8 +2,9 @@
 
 import io
 import json
+import re
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ from rowint8.eval.markdown import fill, table
 from rowint8.eval.models import weight_bytes
 from rowint8.eval.plots import pictures
 from rowint8.eval.processes import console_script
-from rowint8.eval.report.document import documents, parts, read_folder, refuse_mixed, report
-from rowint8.eval.report.kernels import compiler_table, tallies
-from rowint8.eval.report.quality import fidelity_table
+from rowint8.eval.report.document import card_pages, documents, parts, read_folder, refuse_mixed, report
+from rowint8.eval.report.kernels import compiler_table
+from rowint8.eval.report.quality import fidelity_table, quality_table
 from rowint8.eval.results.environment import describe_environment
 from rowint8.eval.results.files import Results, read_results, write_results
 from rowint8.eval.results.roofline import best_peer
@@ -28,8 +29,10 @@ from rowint8.eval.results.schema import (
     EngineRow,
     FidelityRow,
     KernelRow,
+    Measured,
     QualityRow,
     ServeRow,
+    VllmRow,
 )
 
 ROOT = Path(__file__).parents[3]
@@ -62,6 +65,12 @@ ENGINE = EngineRow(
     host_ms=0.25,
     kv_waste=0.031,
     attention="flash3",
+)
+VLLM = VllmRow(
+    **{key: value for key, value in asdict(ENGINE).items() if key in Measured.__dataclass_fields__ and key != "kind"}
+    | {"engine": "vllm", "setup": "rowint8"},
+    tensor_parallel_size=1,
+    compiled=(),
 )
 SERVE = ServeRow(
     engine="vllm",
@@ -119,22 +128,54 @@ def cells(text, *start):
     return found
 
 
-@pytest.mark.parametrize("name", ["results/REPORT.md", "README.md", "POSTMORTEM.md", "docs/engine.md", "docs/vllm.md"])
-def test_committed_document_is_what_the_results_give(name):
+def test_committed_documents_are_what_the_results_give():
     folder = ROOT / "results"
-    wanted = documents(folder, read_folder(folder))[ROOT / name]
-    assert (ROOT / name).read_text(encoding="utf-8") == wanted, "run `rowint8 report --mixed` and commit what it writes"
+    wanted = documents(folder, read_folder(folder))
+    names = {path.relative_to(ROOT).as_posix() for path in wanted}
+    assert names >= {
+        "README.md",
+        "POSTMORTEM.md",
+        "docs/engine.md",
+        "docs/vllm.md",
+        "results/REPORT.md",
+        "results/h200.md",
+    }
+    stale = [str(path) for path, text in wanted.items() if path.read_text(encoding="utf-8") != text]
+    assert stale == [], "run `rowint8 report --mixed` and commit what it writes"
 
 
-def test_what_is_not_measured_has_no_section_and_its_parts_are_tbd(tmp_path):
+def test_documents_are_short_and_their_links_to_results_lead_somewhere():
+    lengths = {name: len((ROOT / name).read_text().splitlines()) for name in ("README.md", "POSTMORTEM.md")}
+    lengths["REPORT.md"] = len((ROOT / "results" / "REPORT.md").read_text().splitlines())
+    assert [
+        name for name, most in (("README.md", 120), ("POSTMORTEM.md", 200), ("REPORT.md", 400)) if lengths[name] > most
+    ] == []
+    documents = [
+        ROOT / "README.md",
+        ROOT / "POSTMORTEM.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "results").glob("*.md"),
+    ]
+    dead = [
+        f"{path.name}: {link}"
+        for path in documents
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text())
+        if not link.startswith("http") and not (path.parent / link).exists()
+    ]
+    assert dead == []
+
+
+def test_what_is_not_measured_has_no_section_and_its_part_is_a_line(tmp_path):
     write(tmp_path, "agreement-cpu", AGREEMENT)
     found = read_folder(tmp_path)
     text = report(found)
     titles = [line for line in text.splitlines() if line.startswith("## ")]
-    assert titles == ["## Memory", "## Agreement of the two engines", "## Reproduction"]
-    assert text.count("TBD") == 10, "the least time of a token, for which a card must be measured"
-    assert parts(found)["kernels"].count("TBD") >= 9 * 8
-    assert all("TBD" in parts(found)[name] for name in ("quality", "fidelity", "limits", "compiler", "gaps", "vllm"))
+    assert titles == ["## Memory", "## Agreement of the two engines", "## Files"]
+    assert "TBD" not in text
+    assert "All files are of one commit." in text
+    made = parts(found)
+    assert made["kernels"] == "TBD: kernels-h200.json is not measured."
+    assert {text.count("TBD") for text in made.values()} == {0, 1}
 
 
 def test_files_of_different_code_are_refused_and_named(tmp_path):
@@ -157,30 +198,64 @@ def test_files_of_different_code_are_refused_and_named(tmp_path):
 
 def test_new_files_are_picked_up_by_the_keys_of_their_rows(tmp_path):
     bf16 = replace(ENGINE, setup="bf16-graph", weights_gib=14.96, peak_mem_gib=15.5, ttft_ms=40.0, tpot_ms=10.0)
-    bf16 = replace(bf16, tok_s=101 / 1.04)
-    write(tmp_path, "engine-h100", bf16, ENGINE, replace(ENGINE, engine="vllm", setup="rowint8", tpot_ms=4.8))
+    bf16 = replace(bf16, tok_s=101 / 1.04, spread={"tpot_ms": 0.02})
+    vllm = replace(ENGINE, engine="vllm", setup="rowint8", tpot_ms=4.8)
+    write(tmp_path, "mine", bf16, ENGINE, vllm, replace(ENGINE, output_tokens=1, tpot_ms=None, itl_ms=None, tok_s=50.0))
     write(tmp_path, "serve-h100", SERVE)
-    write(tmp_path, "fidelity-smollm2", FIDELITY)
+    write(tmp_path, "fidelity-smollm2", FIDELITY, replace(FIDELITY, setup="only v_proj"))
     write(tmp_path, "quality-smollm2", QUALITY)
     write(tmp_path, "kernels-h100", KERNEL, ceilings=CEILINGS)
     found = read_folder(tmp_path)
     text = report(found)
-    engine = section(text, "### engine-h100")
-    assert cells(engine, "baseline int8-fused")[1:7] == ["1", "128", "101", "20.0", "194.2", "9.250"]
-    assert cells(engine, "baseline int8-fused")[7].endswith(
-        "2.00x, host 0.25 ms a step, KV waste 3.1%, flash3 attention, spread of tok/s 1%"
-    )
-    pp = section(text, "## Prompt processing and token generation")
-    assert cells(pp, "engine-h100", "baseline int8-fused", "8.460", "1", "pp128")[-1] == "6400.0"
-    assert cells(pp, "engine-h100", "baseline int8-fused", "8.460", "1", "tg101")[-1] == "200.0"
-    assert cells(text, "serve-h100")[1:10] == ["4", "vllm rowint8", "512", "128", "1", "31.5", "-", "62.5", "5.5"]
-    assert cells(section(text, "### fidelity-smollm2"), "rowint8")[5:] == ["0.0123", "0.01", "0.1", "0.5", "97.50%"]
-    assert cells(section(text, "### quality-smollm2"), "t", "acc")[5] == "0.5000 ± 0.1000"
+    course = section(text, "## The same model and task in every setup")
+    assert cells(course, "baseline int8-fused")[1:7] == ["1", "128", "101", "20.0", "194.2 ± 1.0", "9.25"]
+    assert cells(course, "baseline int8-fused")[7] == "TPOT 5.00 ms, 2.00 x bf16-graph, weights 8.46 GiB"
+    rates = section(text, "## The small engine, step by step, beside vLLM")
+    assert cells(rates, "tg101, 1 at once")[1:] == ["100.0 ± 1.0", "200.0 (2.00)", "208.3"]
+    assert cells(rates, "pp128, 1 at once")[1:] == ["", "6400 ± 32", ""]
+    assert cells(rates, "weights GiB")[1:] == ["14.96", "8.46", "8.46"]
+    served = section(text, "## Serving under load")
+    assert cells(served, "4")[1:9] == ["vllm rowint8", "512", "128", "1", "31.5", "-", "62.5", "5.5"]
+    page = card_pages(found)["cpu"]
+    assert cells(section(page, "## fidelity-smollm2"), "rowint8")[1:] == ["17.250", "12.30", "97.5%"]
+    assert "One kind of layer rounded alone, KL: v_proj 12.30." in page
     assert "\n| t (9) | acc | 0.5000 |" in parts(found)["quality"]
     least = (8.46 * GIB - 2 * 128256 * 4096) / 3.0e12 * 1000
-    gap = cells(parts(found)["gaps"], "engine-h100", "baseline int8-fused")
+    gap = cells(parts(found)["gaps"], "mine", "baseline int8-fused")
     assert gap[2:] == ["5.00", f"{least:.2f}", f"{5.0 / least:.2f}", f"{5.0 / 4.8:.2f}"]
-    assert "# serve-h100.json\nmeasure serve-h100\n#   vllm bench serve\n" in text.split("\n## Reproduction\n")[1]
+    assert "\nserve-h100: measure serve-h100\n" in section(text, "## Files")
+
+
+def test_the_newest_of_the_files_that_may_hold_it_is_shown(tmp_path):
+    for stem, date in (("vllm-h200", "2026-01-01"), ("vllm-0.33-h200", "2026-01-02"), ("vllm-other", "2026-01-03")):
+        rows = (replace(VLLM, setup="bf16"), replace(VLLM, setup="fp8", tpot_ms=4.9))
+        where = replace(ENVIRONMENT, date=date, git_commit=date)
+        write_results(tmp_path / f"{stem}.json", Results(environment=where, command="rowint8 bench vllm", rows=rows))
+    text = report(read_folder(tmp_path))
+    assert "[vllm-0.33-h200](vllm-0.33-h200.json): Some GPU" in section(
+        text, "## The same model and task in every setup"
+    )
+    assert "**The files are of 3 commits**" in text
+    assert "random weights of llama-3.1-8b's shape" in text
+
+
+def test_costs_stand_with_the_model_and_the_file_they_are_of(tmp_path):
+    speed = [
+        replace(ENGINE, engine="vllm", setup=name, tpot_ms=ms, tok_s=1000 / ms)
+        for name, ms in (("bf16", 10.0), ("rowint8", 5.0))
+    ]
+    speed = [replace(row, output_tokens=128, ttft_ms=row.tpot_ms) for row in speed]
+    load = [replace(SERVE, ttft_ms={"p50": 1.0, "p99": p99}) for p99 in (60.0, 70.0, 90.0)]
+    rounded = [replace(FIDELITY, setup=name, kl_mean=kl) for name, kl in (("unquantized", 0.0), ("fp8-a8", 0.03))]
+    for stem, rows in (("vllm-h200", speed), ("serve-h200", load), ("fidelity-a8-smollm2", rounded)):
+        write(tmp_path, stem, *rows)
+    text = parts(read_folder(tmp_path))["costs"]
+    assert cells(text, "one user decodes, tok/s")[1:5] == ["100", "200", "-", "-"]
+    assert cells(text, "p99 TTFT at 4 requests a second, ms")[1:5] == ["-", "70", "-", "-"]
+    assert cells(text, "KL from the original, thousandths of a nat")[1:] == [
+        *("0.0", "-", "-", "30.0"),
+        "[smollm2-135m-instruct](results/fidelity-a8-smollm2.json)",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -214,20 +289,17 @@ def test_what_cannot_be_stops_the_report(tmp_path, row, message):
     assert "\n" not in str(stopped.value)
 
 
-def test_backends_of_a_metric_stand_below_one_another(tmp_path):
+def test_backends_of_a_metric_stand_beside_one_another(tmp_path):
     rows = [replace(QUALITY, setup="unquantized", metric=metric) for metric in ("acc", "word_perplexity")]
     pair = dict(value=0.75, difference=0.25, difference_stderr=0.125)
     rows += [replace(rows[0], setup="rowint8", gained=3, lost=1, **pair), replace(rows[1], stderr=None, **pair)]
     write(tmp_path, "quality-suite", *rows)
-    lines = section(report(read_folder(tmp_path)), "### quality-suite").strip().splitlines()[2:]
-    found = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
-    assert [line[1:3] for line in found] == [
-        ["acc", "vllm"],
-        ["acc", "vllm-rowint8"],
-        *[["word_perplexity", "vllm"]] * 2,
-    ]
-    assert found[1][5:] == ["0.7500 ± 0.1000", "+0.2500 ± 0.1250", "3", "1"]
-    assert [part.strip() for part in found[3][5:7]] == ["0.7500", "+0.2500 ± 0.1250"]
+    text = section(card_pages(read_folder(tmp_path))["cpu"], "## quality-suite")
+    assert cells(text, "t (9)", "acc")[2:] == ["0.5000", "+0.2500 ± 0.1250 (+3 -1)"]
+    assert cells(text, "t (9)", "word_perplexity")[2:] == ["0.5000", "+0.2500 ± 0.1250"]
+    table = quality_table(rows)
+    assert [line[2] for line in table.lines] == ["vllm", "vllm-rowint8", "vllm", "vllm"]
+    assert table.lines[1][5:] == ["0.7500 ± 0.1000", "+0.2500 ± 0.1250", "3", "1"]
 
 
 def test_weights_that_fit_the_cache_may_be_read_faster(tmp_path):
@@ -268,13 +340,6 @@ def test_our_own_parts_are_no_peers():
     assert best_peer(KERNEL, ("cublas",)) == "cublas_bf16"
 
 
-def test_cells_are_counted():
-    times = {1: 40.0, 2: 48.9, 4: 49.1, 8: 60.0}
-    rows = tuple(replace(KERNEL, M=m, us={"rowint8": us, "marlin": 48.0}) for m, us in times.items())
-    results = Results(environment=ENVIRONMENT, command="c", rows=rows)
-    assert cells(tallies({"k": results}), "k") == ["k", "marlin", "4", "1", "1", "2"]
-
-
 def test_compiled_sizes_with_the_same_kernels_share_a_line():
     made = Compilation(kernels=("triton_poi_0",), extern=("extern_kernels.mm",), log=())
     row = replace(KERNEL, us={"rowint8": 50.0, "compiled": 100.0}, compiler={"compiled": made})
@@ -284,11 +349,10 @@ def test_compiled_sizes_with_the_same_kernels_share_a_line():
     assert cells(text, "linear") == wanted
 
 
-@pytest.mark.parametrize("stem", ["demo-cpu", "demo-h100"])
-def test_arithmetic_of_bytes_is_what_the_engine_measured(stem):
+def test_arithmetic_of_bytes_is_what_the_engine_measured():
     smollm2 = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, vocab_size=49152)
     smollm2 |= dict(num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)
-    for row in read_results(ROOT / "results" / f"{stem}.json").rows:
+    for row in read_results(ROOT / "results" / "demo-cpu.json").rows:
         form = "bf16" if row.setup.startswith("bf16") else "rowint8"
         assert weight_bytes(smollm2, form) == round(row.weights_gib * GIB)
 
@@ -325,7 +389,7 @@ def test_command_writes_the_report_its_plots_and_marked_parts(tmp_path):
     done = rowint8("report", folder)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     names = {"engine-h100-batch.svg", "fidelity-smollm2-kl.svg"}
-    assert {path.name for path in folder.iterdir()} - {"REPORT.md"} == names | {
+    assert {path.name for path in folder.iterdir()} - {"REPORT.md", "cpu.md"} == names | {
         f"{stem}.json" for stem in ("engine-h100", "fidelity-smollm2", "kernels-h200")
     }
     text = (folder / "REPORT.md").read_text()

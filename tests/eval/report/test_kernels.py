@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from rowint8.eval.errors import EvalError
-from rowint8.eval.report.chain import chain_section, chain_table
+from rowint8.eval.report.chain import chain_part, chain_table
 from rowint8.eval.report.checks import check_all
 from rowint8.eval.report.kernels import kernel_section, kernel_tables, misses_line, worst_table
 from rowint8.eval.results.environment import describe_environment
@@ -54,6 +54,8 @@ def test_rows_of_older_files_have_no_intervals_and_are_told_all_the_same():
     text = kernel_section(Results(environment=describe_environment(), command="c", rows=(LINEAR, NORM)))
     assert "Slower, with the ratio above 1.02, than cuBLAS in 0 of 1 cells" in text
     assert "| add_rms_norm h4096 | 1024 | 20.0 | 16.0 vllm | 1.250 |  |  |" in text
+    assert "| tokens | 1 |" in text
+    assert "| linear gate_up | 0.80 |" in text
 
 
 def test_a_chain_stands_beside_bf16_and_its_products_alone(tmp_path):
@@ -65,7 +67,8 @@ def test_a_chain_stands_beside_bf16_and_its_products_alone(tmp_path):
         ["128", "bf16", "5128", "1.0%", "", "", "4872", "3520", "1.38"],
         ["128", "rowint8", "4000", "1.0%", "0.780", "0.770 to 0.790", "3744", "3520", "1.06"],
     ]
-    assert "bf16: cuBLAS. rowint8: ours." in chain_section(results)
+    assert "bf16: cuBLAS. rowint8: ours." in chain_part(results)
+    assert "| 128 | 5128 | 0.78 (0.77 to 0.79) |" in chain_part(results)
     check_all({"c": results})
 
 
