@@ -11,11 +11,13 @@ pytest.importorskip("vllm")
 import torch
 from safetensors.torch import load_file
 from transformers import MixtralConfig
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 from rowint8.vllm_plugin import compat, moe
 from rowint8.vllm_plugin import config as config_module
 from rowint8.vllm_plugin.config import RowInt8Config
+from rowint8.vllm_plugin.linear import note_rotation, saved_blocks
 from rowint8.vllm_plugin.moe_kernel import RowInt8Experts, experts_class
 from tests.kernels.cases import rotated_experts, round_experts_
 from tests.vllm_plugin import test_activations
@@ -107,6 +109,22 @@ def test_experts_that_cannot_stay_weight_only_and_say_so(monkeypatch, has_lora):
     assert lines == [f"rowint8: activations of experts are not rounded to INT8: {reason}"]
     with pytest.raises(ValueError, match=f"model.experts: the checkpoint's experts are for INT8 .*, and {reason}"):
         moe._rotation(facts(), "model.experts", RowInt8Config(serialized=True, **A8), has_lora)
+
+
+def test_vllm_can_move_experts_with_all_that_the_layer_holds():
+    """EPLB takes every parameter apart by expert."""
+    layer: Any = torch.nn.Module()
+    layer.local_num_experts = 4
+    moe._register_int8(layer, 4, 64, 32, None)
+    note_rotation(layer, "experts", saved_blocks(*[(64, 32)] * 4), from_memory=False)
+    assert [list(each.shape) for each in RoutedExperts.get_expert_weights(layer)][-1] == [4, 2]
+
+
+def test_a_saved_state_of_other_blocks_is_refused():
+    layer = torch.nn.Module()
+    layer.register_parameter("rotation_block", saved_blocks((64, 64), (64, 64)))
+    with pytest.raises(ValueError, match=r"experts: rows are rotated by \[64, 64\], not by \[64, 32\] as the options"):
+        note_rotation(layer, "experts", saved_blocks((64, 32), (64, 32)), from_memory=True)
 
 
 @pytest.mark.parametrize("blocks", [(64, 64), None])
