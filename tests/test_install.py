@@ -20,7 +20,7 @@ TASKS = ("rowint8_basics.yaml", "rowint8_basics.jsonl")
 STAMP = Path("eval", "results", "commit.json")
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 REPOSITORY = PROJECT["urls"]["Repository"]
-PICTURE = "results/vllm-h200-batch.svg"
+PICTURE = "results/engine-h200-batch.svg"
 INSTALLED = """
 import json, importlib.metadata as metadata
 found = metadata.entry_points(group="vllm.general_plugins")

@@ -16,8 +16,8 @@ _COLUMNS = {"bf16": "bf16", "rowint8": "rowint8", "rowint8-a8": "rowint8-a8", "f
 """Setups of the table of costs, and their headings."""
 _SAME_WEIGHTS = {"bf16": ("unquantized",), "fp8_per_channel": ("fp8-a8",)}
 _SAME_SERVED = {"fp8_per_channel": ("fp8_per_channel", "fp8")}
-_DECODING = ((1, "one user decodes, tok/s"), (32, "32 users, tok/s of all"), (128, "128 users, tok/s of all"))
-_PROMPTS = (((1, 2048), "a prompt of 2048 tokens, ms"), ((8, 1024), "8 prompts of 1024, ms"))
+_DECODING = ((1, "one user decodes, tok/s"), (128, "128 users decode, tok/s of all"))
+_PROMPTS = (((1, 2048), "a prompt of 2048 tokens, ms"),)
 Newest = tuple[str, Results] | None
 """Name and content of a file."""
 
@@ -47,9 +47,8 @@ def _speed_lines(stem: str, results: Results[VllmRow]) -> list[list[str]]:
 
 
 def _load_line(stem: str, results: Results[ServeRow]) -> list[str]:
-    """The slowest percent of first tokens at the middle rate, the median of the runs."""
-    rates = sorted({row.request_rate for row in results.rows})
-    rate = rates[(len(rates) - 1) // 2]
+    """The slowest percent of first tokens at the highest rate, the median of the runs."""
+    rate = max(row.request_rate for row in results.rows)
     cells = []
     for name in _COLUMNS:
         runs = [
@@ -69,7 +68,8 @@ def _fidelity_line(stem: str, results: Results[FidelityRow]) -> list[str]:
 
 
 def _source(stem: str, results: Results) -> str:
-    return f"[{model_of(results.command)}](results/{stem}.json)"
+    vllm = f", vLLM {results.environment.vllm}" if isinstance(results.rows[0], VllmRow | ServeRow) else ""
+    return f"[{model_of(results.command)}{vllm}](results/{stem}.json)"
 
 
 def speed_table(rows: Sequence[VllmRow]) -> Table:

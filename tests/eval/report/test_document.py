@@ -4,8 +4,9 @@ import io
 import json
 import re
 import subprocess
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -66,12 +67,9 @@ ENGINE = EngineRow(
     kv_waste=0.031,
     attention="flash3",
 )
-VLLM = VllmRow(
-    **{key: value for key, value in asdict(ENGINE).items() if key in Measured.__dataclass_fields__ and key != "kind"}
-    | {"engine": "vllm", "setup": "rowint8"},
-    tensor_parallel_size=1,
-    compiled=(),
-)
+_SHARED: dict[str, Any] = {key: getattr(ENGINE, key) for key in Measured.__dataclass_fields__ if key != "kind"}
+_SHARED |= {"engine": "vllm", "setup": "rowint8"}
+VLLM = VllmRow(**_SHARED, tensor_parallel_size=1, compiled=())
 SERVE = ServeRow(
     engine="vllm",
     setup="rowint8",
