@@ -24,7 +24,7 @@ class Step(NamedTuple):
 
     name: str
     arguments: tuple[tuple[bool, Any], ...]
-    """Of each, whether it is a value, and its number or the constant."""
+    """Whether each is a value, and its number or the constant."""
     last_used: tuple[int, ...] = ()
     """Outputs of steps that no later step reads, nor the caller."""
 
