@@ -18,15 +18,20 @@ _RANDOM_BY_DEFAULT = re.compile(r"rowint8 (bench|profile)\b")
 
 
 def model_of(command: str) -> str:
-    """What a command of `rowint8` measures: "random weights of llama-3.1-8b's shape", or a model's name; without an
+    """What a command of `rowint8` measures: "random weights of Llama-3.1-8B's shape", or a model's name; without an
     option engines get the first and quality SmolLM2."""
     options = dict(_MODEL_OPTIONS.findall(command))
-    if "model" in options:
-        return Path(options["model"]).name
-    if not _RANDOM_BY_DEFAULT.match(command):
-        return "smollm2-135m-instruct"
+    if "model" in options or not _RANDOM_BY_DEFAULT.match(command):
+        return _written(Path(options.get("model", "smollm2-135m-instruct")).name)
     layers = f" with {options['layers']} layers" if "layers" in options else ""
-    return f"random weights of {options.get('config', DEFAULT_MODEL)}'s shape{layers}"
+    return f"random weights of {_written(options.get('config', DEFAULT_MODEL))}'s shape{layers}"
+
+
+def _written(name: str) -> str:
+    """A model's name as its makers write it: sizes in capitals."""
+    sized = re.sub(r"\d[bm]\b|\ba\d+b\b", lambda size: size[0].upper(), name)
+    known = sized.replace("smollm2", "SmolLM2").replace("-instruct", "-Instruct")
+    return known[:1].upper() + known[1:]
 
 
 class Column(NamedTuple):

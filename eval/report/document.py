@@ -179,7 +179,7 @@ def refuse_mixed(found: Found) -> None:
 def report(found: Found) -> str:
     """REPORT.md: the newest of each kind, the same task for every setup first, and which files there are."""
     sections = {
-        "The same model and task in every setup": _of(found, "engine", course_part) or _of(found, "vllm", course_part),
+        "The same model and task in every setup": _course(found),
         "vLLM: prompts (pp) and decoding (tg)": _of(found, "vllm", rates_part),
         "The small engine, step by step, beside vLLM": _of(found, "engine", rates_part),
         "Serving under load": _of(found, "serve", serve_part),
@@ -196,6 +196,12 @@ def report(found: Found) -> str:
     head += f"All files, a chapter each: {', '.join(f'[{card}]({card}.md)' for card in cards)}. "
     head += f"[metrics.py](../baseline_engine/metrics.py) defines the columns. {_mixture(found)}\n"
     return head + "".join(f"\n## {title}\n\n{text.strip()}\n" for title, text in sections.items() if text.strip())
+
+
+def _course(found: Found) -> str:
+    """The table that begins the report, of the small engine beside vLLM, without a picture in front of it."""
+    newest = _newest(found, "engine") or _newest(found, "vllm")
+    return f"[{newest[0]}]({newest[0]}.json): {course_part(newest[1])}" if newest else ""
 
 
 def _of(found: Found, kind: str, section: Section) -> str:

@@ -73,11 +73,11 @@ def _turned(table: Table) -> Table:
 
 
 def parts_part(results: Results[ProfileRow]) -> str:
-    """The parts in Markdown, with what the columns mean."""
-    return f"{parts_table(results.rows).markdown()}\n{_PARTS_NOTE}.\n"
+    """The parts in Markdown, with where, of what, and what the columns mean."""
+    where = f"{results.environment.device}, vLLM {results.environment.vllm}; {model_of(results.command)}."
+    return f"{where}\n\n{parts_table(results.rows).markdown()}\n{_PARTS_NOTE}.\n"
 
 
 def profile_section(results: Results[ProfileRow]) -> str:
     """Parts and suspects in Markdown; the file has the longest kernels too."""
-    head = f"{results.environment.device}; {model_of(results.command)}\n\n{parts_part(results)}"
-    return f"{head}\n{suspects_table(results.rows).markdown()}\n{_SUSPECTS_NOTE}.\n"
+    return f"{parts_part(results)}\n{suspects_table(results.rows).markdown()}\n{_SUSPECTS_NOTE}.\n"

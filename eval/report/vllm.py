@@ -68,8 +68,9 @@ def _fidelity_line(stem: str, results: Results[FidelityRow]) -> list[str]:
 
 
 def _source(stem: str, results: Results) -> str:
+    what = model_of(results.command).removeprefix("random weights of ")
     vllm = f", vLLM {results.environment.vllm}" if isinstance(results.rows[0], VllmRow | ServeRow) else ""
-    return f"[{model_of(results.command)}{vllm}](results/{stem}.json)"
+    return f"[{what}](results/{stem}.json){vllm}"
 
 
 def speed_table(rows: Sequence[VllmRow]) -> Table:

@@ -35,6 +35,7 @@ from rowint8.eval.results.schema import (
     ServeRow,
     VllmRow,
 )
+from rowint8.eval.tables import model_of
 
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT = replace(describe_environment(), device="Some GPU")
@@ -234,7 +235,7 @@ def test_the_newest_of_the_files_that_may_hold_it_is_shown(tmp_path):
         text, "## The same model and task in every setup"
     )
     assert "**The files are of 3 commits**" in text
-    assert "random weights of llama-3.1-8b's shape" in text
+    assert "random weights of Llama-3.1-8B's shape" in text
 
 
 def test_costs_stand_with_the_model_and_the_file_they_are_of(tmp_path):
@@ -252,7 +253,7 @@ def test_costs_stand_with_the_model_and_the_file_they_are_of(tmp_path):
     assert cells(text, "p99 TTFT at 4 requests a second, ms")[1:5] == ["-", "70", "-", "-"]
     assert cells(text, "KL from the original, thousandths of a nat")[1:] == [
         *("0.0", "-", "-", "30.0"),
-        "[smollm2-135m-instruct](results/fidelity-a8-smollm2.json)",
+        "[SmolLM2-135M-Instruct](results/fidelity-a8-smollm2.json)",
     ]
 
 
@@ -353,6 +354,24 @@ def test_arithmetic_of_bytes_is_what_the_engine_measured():
     for row in read_results(ROOT / "results" / "demo-cpu.json").rows:
         form = "bf16" if row.setup.startswith("bf16") else "rowint8"
         assert weight_bytes(smollm2, form) == round(row.weights_gib * GIB)
+
+
+@pytest.mark.parametrize(
+    ("command", "model"),
+    [
+        ("rowint8 bench vllm --json a.json", "random weights of Llama-3.1-8B's shape"),
+        (
+            "rowint8 bench vllm --config qwen3-30b-a3b --layers 24 --json a",
+            "random weights of Qwen3-30B-A3B's shape with 24 layers",
+        ),
+        ("rowint8 profile --config mixtral-8x7b", "random weights of Mixtral-8x7B's shape"),
+        ("rowint8 quality --json a.json", "SmolLM2-135M-Instruct"),
+        ("rowint8 bench engine --model models/smollm2-135m-instruct", "SmolLM2-135M-Instruct"),
+        ("rowint8 bench vllm --model=Qwen2.5-7B-Instruct", "Qwen2.5-7B-Instruct"),
+    ],
+)
+def test_what_a_command_measures_is_read_from_it(command, model):
+    assert model_of(command) == model
 
 
 def test_fill_replaces_marked_parts_only():
