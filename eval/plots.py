@@ -1,5 +1,5 @@
 """The plots of the report, from results only: engines' speed over bf16's, kernels' ratios to the best other's, chains,
-and KL over bits."""
+and KL of each way of rounding."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -7,17 +7,16 @@ from io import BytesIO
 from pathlib import Path
 
 from rowint8.eval.errors import EvalError
-from rowint8.eval.models import FORMATS
 from rowint8.eval.results.files import Results
 from rowint8.eval.results.roofline import misses, ratio
 from rowint8.eval.results.schema import ChainRow, FidelityRow, Generation, KernelRow, Measured
 from rowint8.eval.tables import model_of
 from rowint8.eval.writing import write_file
 
-_LAYER = (4096, 4096)
-"""The weight whose bits are counted: scales of a row or group cost more in narrower ones."""
 _MANY_COUNTS = 20
 """From this many numbers of tokens on a heat map shows more than lines do."""
+_CROWDED = 12
+"""From more names on an axis on, they are turned."""
 _HEAT = (0.5, 1.5)
 """Ratios with the strongest colours; those beyond have them too."""
 
@@ -31,8 +30,8 @@ def pictures(found: Mapping[str, Results]) -> dict[str, Callable[[Path], None]]:
             drawn[f"{stem}-ratio.svg"] = partial(_ratios, results.rows, device)
         if isinstance(first, ChainRow) and any(row.ratio for row in results.rows):
             drawn[f"{stem}.svg"] = partial(_figure, partial(_chains, results.rows, device))
-        if isinstance(first, FidelityRow):
-            drawn[f"{stem}-kl.svg"] = partial(_figure, partial(_kl, results.rows))
+        if isinstance(first, FidelityRow) and any(row.kl_mean > 0 for row in results.rows):
+            drawn[f"{stem}-kl.svg"] = partial(_figure, partial(_kl, results))
         if isinstance(first, Generation) and len(_compared(results.rows)) > 1:
             drawn[f"{stem}-batch.svg"] = partial(_figure, partial(_speed, results))
     return {name: partial(_save, draw) for name, draw in drawn.items()}
@@ -97,7 +96,8 @@ def _speed(results: Results[Generation], axes) -> None:
     if 0 < prompts < len(bases):
         axes.axvline(len(bases) - prompts - 0.2, color="grey", lw=0.6)
     names = [f"{batch} x {prompt}" if _is_prompt((batch, prompt, n)) else f"{batch}" for batch, prompt, n in places]
-    axes.set_xticks(list(places.values()), names, fontsize=9)
+    crowded = len(names) > _CROWDED
+    axes.set_xticks(list(places.values()), names, fontsize=9, rotation=60 if crowded else 0)
     axes.set_ylim(0, None)
     axes.grid(axis="y", lw=0.4, alpha=0.6)
     axes.set_xlabel(
@@ -154,6 +154,7 @@ _COLOURS = {
     "w8a8": "#8b45b5",
     "w8a16": "#8a6d3b",
     "humming": "#444444",
+    "machete": "#8a6d3b",
     "int8": "#5bb8c4",
     "int8-fused": "#00838f",
     "int8-a8": "#c2185b",
@@ -174,15 +175,18 @@ def _look(label: str) -> dict:
     return look | ({"ls": "--"} if engine == "baseline" else {})
 
 
-def _kl(rows: Sequence[FidelityRow], axes) -> None:
-    n, k = _LAYER
-    for row in rows:
-        if row.setup.startswith("only ") or row.kl_mean == 0:  # parts of a model; bf16 of a bf16 model
-            continue
-        bits = 8 * FORMATS.get(row.setup, FORMATS["rowint8"])(n, k) / (n * k)
-        axes.plot([bits], [row.kl_mean], marker="o")
-        axes.annotate(row.setup, (bits, row.kl_mean), fontsize=7, xytext=(4, 4), textcoords="offset points")
-    axes.set(yscale="log", xlabel=f"bits a weight, scales included, [{n}, {k}]", ylabel="mean KL, nats")
+def _kl(results: Results[FidelityRow], axes) -> None:
+    """A bar a way of rounding, the nearest to the original first; ours dark. Parts of a model are left out."""
+    rows = [row for row in results.rows if row.kl_mean > 0 and not row.setup.startswith("only ")]
+    rows.sort(key=lambda row: row.kl_mean, reverse=True)
+    values = [1000 * row.kl_mean for row in rows]
+    colours = [_COLOURS["rowint8"] if row.setup in _OURS else "#a9bcd3" for row in rows]
+    bars = axes.barh([row.setup for row in rows], values, color=colours)
+    axes.bar_label(bars, [f" {value:.2f}" for value in values], fontsize=9)
+    axes.margins(x=0.12)
+    axes.grid(axis="x", lw=0.4, alpha=0.6)
+    axes.set_xlabel("KL divergence from the original, thousandths of a nat")
+    axes.set_title(f"{model_of(results.command)}, {rows[0].tokens} tokens of {rows[0].text}", fontsize=10)
 
 
 def _chains(rows: Sequence[ChainRow], device: str, axes) -> None:
