@@ -84,6 +84,22 @@ def test_estimates_meet_what_vllm_was_measured_at():
     assert compared >= 4
 
 
+@pytest.mark.parametrize(
+    ("card", "tb_s", "gib", "users", "context"),
+    [("A100 80 GB", 2.039, 79.3, 64, 1000), ("RTX 4090", 1.008, 24.0, 1, 0)],
+)
+def test_the_readmes_estimates_follow_the_doctors_rule(card, tb_s, gib, users, context):
+    """Rates are the data sheets', of which an H200 reaches the share that is taken here (its own is 4.8)."""
+    sizes, kv_bytes = read_sizes("llama-3.1-8b"), 2 * 32 * 8 * 128 * 2
+    rate = tb_s * 1e12 * doctor.CEILINGS["NVIDIA H200"] / 4.8
+    besides = sizes.decoder_layers * doctor.LAYER_US / 1e6
+    steps = [(sizes.read[form] + users * context * kv_bytes) / rate + besides for form in ("bf16", "rowint8")]
+    room = (0.9 * gib * GIB - sizes.weights["rowint8"] - GIB) / kv_bytes / users
+    [line] = [line for line in (REPO / "README.md").read_text().splitlines() if line.startswith(f"| {card}")]
+    told = [float(cell.replace(",", "").split()[0]) for cell in line.strip("|").split("|")[1:]]
+    assert told == pytest.approx([users / steps[0], users / steps[1], room], rel=0.02)
+
+
 def test_a_models_bytes_are_those_of_the_arithmetic_on_its_shape():
     sizes, config = read_sizes("llama-3.1-8b"), MODELS["llama-3.1-8b"]
     expected = [weight_bytes(config, "bf16"), weight_bytes(config, "rowint8"), weight_bytes(config, "rowint8", True)]
