@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from rowint8.eval.report.engine import commit_of
 from rowint8.eval.results.files import Results
 from rowint8.eval.results.schema import ChainRow
 from rowint8.eval.tables import Table
@@ -57,7 +58,7 @@ def chain_part(results: Results[ChainRow]) -> str:
         ratios = [found[m, chain].ratio if (m, chain) in found else None for chain in chains]
         bf16 = f"{found[m, 'bf16'].us:.0f}" if (m, "bf16") in found else ""
         lines.append([str(m), bf16, *(f"{r.value:.2f} ({r.low:.2f} to {r.high:.2f})" if r else "" for r in ratios)])
-    head = f"{where.device}, torch {where.torch}, Triton {where.triton}, vLLM {where.vllm or 'not installed'}; "
-    head += f"{rows[0].layers} layers of {rows[0].model} in one CUDA graph, attention left out. Time over bf16's, 95% "
-    head += f"intervals. {kernels_line(rows)}"
+    head = f"{where.device}, torch {where.torch}, Triton {where.triton}, vLLM {where.vllm or 'not installed'}, commit "
+    head += f"{commit_of(where)}; {rows[0].layers} layers of {rows[0].model} in one CUDA graph, attention left out. "
+    head += f"Time over bf16's, 95% intervals. {kernels_line(rows)}"
     return f"{head}\n\n{Table(['tokens', 'bf16 us', *chains], lines).markdown()}"

@@ -20,7 +20,7 @@ from rowint8.eval.report.memory import memory_section
 from rowint8.eval.report.profile import parts_part, profile_section
 from rowint8.eval.report.quality import (
     agreement_cells,
-    agreement_table,
+    agreement_section,
     fidelity_line,
     fidelity_section,
     quality_summary,
@@ -75,7 +75,7 @@ _CHAPTERS: dict[type, Section] = {
     ChainRow: chain_part,
     QualityRow: quality_summary,
     FidelityRow: fidelity_section,
-    AgreementRow: lambda results: agreement_table(results.rows).markdown(),
+    AgreementRow: agreement_section,
 }
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from rowint8.eval.markdown import TBD, folded, number, table
+from rowint8.eval.report.engine import commit_of
 from rowint8.eval.results.files import Results
 from rowint8.eval.results.roofline import EVEN, best_peer, bytes_moved, limit_us, misses, operations, ratio
 from rowint8.eval.results.schema import Ceilings, KernelRow
@@ -43,7 +44,10 @@ def conditions(results: Results[KernelRow]) -> str:
     """One line on where and how the rows were measured."""
     where = results.environment
     dtypes = " and ".join(dict.fromkeys(row.dtype for row in results.rows))
-    line = f"{where.device}, torch {where.torch}, Triton {where.triton}, {dtypes} activations, microseconds a call"
+    line = (
+        f"{where.device}, torch {where.torch}, Triton {where.triton}, commit {commit_of(where)}, {dtypes} activations, "
+    )
+    line += "microseconds a call"
     if results.ceilings:
         line += (
             f"; ceilings of the run: {results.ceilings.read_tb_s:.2f} TB/s, {results.ceilings.bf16_tflop_s:.0f} TFLOP/s"

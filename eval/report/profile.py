@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+from rowint8.eval.report.engine import where_line
 from rowint8.eval.results.files import Results
 from rowint8.eval.results.schema import PARTS, ProfileRow
-from rowint8.eval.tables import Table, model_of
+from rowint8.eval.tables import Table
 
 _ROWS = 4
 """Rows beside one another on the console."""
@@ -74,8 +75,7 @@ def _turned(table: Table) -> Table:
 
 def parts_part(results: Results[ProfileRow]) -> str:
     """The parts in Markdown, with where, of what, and what the columns mean."""
-    where = f"{results.environment.device}, vLLM {results.environment.vllm}; {model_of(results.command)}."
-    return f"{where}\n\n{parts_table(results.rows).markdown()}\n{_PARTS_NOTE}.\n"
+    return f"{where_line(results)}\n\n{parts_table(results.rows).markdown()}\n{_PARTS_NOTE}.\n"
 
 
 def profile_section(results: Results[ProfileRow]) -> str:

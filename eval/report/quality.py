@@ -134,6 +134,12 @@ def agreement_table(rows: Sequence[AgreementRow]) -> Table:
     )
 
 
+def agreement_section(results: Results[AgreementRow]) -> str:
+    """A line a prompt in Markdown, with which engines, where and in which arithmetic."""
+    where = f"{compared(results.rows)}, {results.environment.device}, {results.rows[0].dtype}"
+    return f"{where}\n\n{agreement_table(results.rows).markdown()}"
+
+
 def agreement_cells(stem: str, results: Results[AgreementRow]) -> list[str]:
     """A file as a line of the documents."""
     rows = results.rows

@@ -3,9 +3,10 @@
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
+from rowint8.eval.report.engine import where_line
 from rowint8.eval.results.files import Results
 from rowint8.eval.results.schema import ServeRow
-from rowint8.eval.tables import Column, Table, model_of
+from rowint8.eval.tables import Column, Table
 
 _TIMES = [("TTFT", p) for p in ("p50", "p95", "p99")] + [("TPOT", p) for p in ("p50", "p99")]
 COLUMNS = [
@@ -41,9 +42,7 @@ def serve_table(rows: Iterable[ServeRow]) -> Table:
 
 def serve_part(results: Results[ServeRow]) -> str:
     """The table in Markdown, with where and of what."""
-    where = results.environment
-    head = f"{where.device}, vLLM {where.vllm}; {model_of(results.command)}; medians of the runs; "
-    head += "±: (largest - smallest) / median TTFT p99."
+    head = f"{where_line(results)} Medians of the runs; ±: (largest - smallest) / median TTFT p99."
     return f"{head}\n\n{serve_table(results.rows).markdown()}"
 
 
