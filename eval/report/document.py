@@ -52,10 +52,14 @@ _CONTRIBUTED = "docs/contributed.md"
 _DOCUMENTS = ("README.md", "POSTMORTEM.md", "docs/engine.md", "docs/kernels.md", "docs/quality.md", "docs/vllm.md")
 _FILES: dict[str, tuple[type, *tuple[str, ...]]] = {
     "vllm": (VllmRow, "vllm-h200", "vllm-0.33-h200"),
+    "vllm-0.26": (VllmRow, "vllm-0.26-h200"),
     "vllm-2": (VllmRow, "vllm-h200x2"),
+    "vllm-experts": (VllmRow, "vllm-experts-h200"),
     "engine": (EngineRow, "engine-h200"),
     "engine-cpu": (EngineRow, "engine-cpu"),
     "kernels": (KernelRow, "kernels-h200"),
+    "kernels-int8": (KernelRow, "kernels-int8-h200"),
+    "experts": (KernelRow, "experts-h200"),
     "compiler": (KernelRow, "kernels-compile-h200", "kernels-compile-h100"),
     "chain": (ChainRow, "chain-h200"),
     "profile": (ProfileRow, "profile-h200"),
@@ -118,7 +122,9 @@ def parts(found: Found) -> dict[str, str]:
     """The generated parts of other documents by the names in their markers; a line where the file is missing."""
     tables: dict[str, Section] = {
         "vllm": rates_part,
+        "vllm-0.26": rates_part,
         "vllm-2": rates_part,
+        "vllm-experts": rates_part,
         "engine": engine_part,
         "engine-cpu": engine_part,
         "kernels": short_table,
@@ -138,11 +144,12 @@ def parts(found: Found) -> dict[str, str]:
     return made | {"picture": _picture(found), "costs": costs}
 
 
-def _newest(found: Found, kind: str) -> tuple[str, Results] | None:
-    """Name and content of the newest of a kind: of its _FILES, else of all with such rows."""
+def _newest(found: Found, kind: str, others: bool = False) -> tuple[str, Results] | None:
+    """Name and content of the newest of the _FILES of a kind; without any, with `others`, of all that have such rows."""
     row_type, *stems = _FILES[kind]
     there = [(stem, found[stem]) for stem in stems if stem in found]
-    there = there or [item for item in found.items() if isinstance(item[1].rows[0], row_type)]
+    if others and not there:
+        there = [item for item in found.items() if isinstance(item[1].rows[0], row_type)]
     return max(there, key=lambda item: item[1].environment.date, default=None)
 
 
@@ -181,10 +188,14 @@ def report(found: Found) -> str:
     sections = {
         "The same model and task in every setup": _course(found),
         "vLLM: prompts (pp) and decoding (tg)": _of(found, "vllm", rates_part),
+        "Mixtures of experts in vLLM": _of(found, "vllm-experts", rates_part, others=False),
+        "Two GPUs": _of(found, "vllm-2", rates_part, others=False),
         "The small engine, step by step, beside vLLM": _of(found, "engine", rates_part),
         "Serving under load": _of(found, "serve", serve_part),
         "Where a decode step's time goes": _of(found, "profile", parts_part),
         "Kernels": _of(found, "kernels", kernel_part),
+        "Kernels of INT8 tokens": _of(found, "kernels-int8", kernel_section, others=False),
+        "Kernels of experts": _of(found, "experts", kernel_section, others=False),
         "Layers without attention": _of(found, "chain", chain_part),
         "Memory": memory_section(read_ceilings(found)),
         "Quality": "\n".join(_of(found, kind, section) for kind, section in _QUALITY.items()),
@@ -200,13 +211,13 @@ def report(found: Found) -> str:
 
 def _course(found: Found) -> str:
     """The table that begins the report, of the small engine beside vLLM, without a picture in front of it."""
-    newest = _newest(found, "engine") or _newest(found, "vllm")
+    newest = _newest(found, "engine", True) or _newest(found, "vllm", True)
     return f"[{newest[0]}]({newest[0]}.json): {course_part(newest[1])}" if newest else ""
 
 
-def _of(found: Found, kind: str, section: Section) -> str:
+def _of(found: Found, kind: str, section: Section, others: bool = True) -> str:
     """The section of the newest file of a kind, with its picture; empty where there is none."""
-    newest = _newest(found, kind)
+    newest = _newest(found, kind, others)
     return _chapter(found, newest[0], section) if newest else ""
 
 

@@ -199,7 +199,14 @@ def test_new_files_are_picked_up_by_the_keys_of_their_rows(tmp_path):
     bf16 = replace(ENGINE, setup="bf16-graph", weights_gib=14.96, peak_mem_gib=15.5, ttft_ms=40.0, tpot_ms=10.0)
     bf16 = replace(bf16, tok_s=101 / 1.04, spread={"tpot_ms": 0.02})
     vllm = replace(ENGINE, engine="vllm", setup="rowint8", tpot_ms=4.8)
-    write(tmp_path, "mine", bf16, ENGINE, vllm, replace(ENGINE, output_tokens=1, tpot_ms=None, itl_ms=None, tok_s=50.0))
+    write(
+        tmp_path,
+        "engine-h200",
+        bf16,
+        ENGINE,
+        vllm,
+        replace(ENGINE, output_tokens=1, tpot_ms=None, itl_ms=None, tok_s=50.0),
+    )
     write(tmp_path, "serve-h100", SERVE)
     write(tmp_path, "fidelity-smollm2", FIDELITY, replace(FIDELITY, setup="only v_proj"))
     write(tmp_path, "quality-smollm2", QUALITY)
@@ -218,9 +225,9 @@ def test_new_files_are_picked_up_by_the_keys_of_their_rows(tmp_path):
     page = card_pages(found)["cpu"]
     assert cells(section(page, "## fidelity-smollm2"), "rowint8")[1:] == ["17.250", "12.30", "97.5%"]
     assert "One kind of layer rounded alone, KL: v_proj 12.30." in page
-    assert "\n| t (9) | acc | 0.5000 |" in parts(found)["quality"]
+    assert "\n| t (9) | acc | 0.5000 |" in parts(found)["quality-fp32"]
     least = (8.46 * GIB - 2 * 128256 * 4096) / 3.0e12 * 1000
-    gap = cells(parts(found)["gaps"], "mine", "baseline int8-fused")
+    gap = cells(parts(found)["gaps"], "engine-h200", "baseline int8-fused")
     assert gap[2:] == ["5.00", f"{least:.2f}", f"{5.0 / least:.2f}", f"{5.0 / 4.8:.2f}"]
     assert "\nserve-h100: measure serve-h100\n" in section(text, "## Files")
 
@@ -236,6 +243,7 @@ def test_the_newest_of_the_files_that_may_hold_it_is_shown(tmp_path):
     )
     assert "**The files are of 3 commits**" in text
     assert "random weights of Llama-3.1-8B's shape" in text
+    assert parts(read_folder(tmp_path))["vllm-2"] == "TBD: vllm-h200x2.json is not measured.", "not another file's"
 
 
 def test_costs_stand_with_the_model_and_the_file_they_are_of(tmp_path):
