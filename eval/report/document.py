@@ -145,7 +145,7 @@ def parts(found: Found) -> dict[str, str]:
 
 
 def _newest(found: Found, kind: str, others: bool = False) -> tuple[str, Results] | None:
-    """Name and content of the newest of the _FILES of a kind; without any, with `others`, of all that have such rows."""
+    """Name and content of the newest of the _FILES of a kind; with `others`, without any, of all with such rows."""
     row_type, *stems = _FILES[kind]
     there = [(stem, found[stem]) for stem in stems if stem in found]
     if others and not there:
