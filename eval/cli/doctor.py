@@ -116,7 +116,7 @@ def model_table(sizes: "ModelSizes", estimates: list["Estimate"]) -> Table:
         "Estimates for one request and a short context. At most: the weights that a token needs are read once at the "
         f"measured rate (TB/s: {rates}). About: in vLLM, where a layer takes {LAYER_US:.0f} us besides."
     )
-    headings = ("card", "linear weights", "weights, GiB", "about tok/s", "at most tok/s")
+    headings = ("card", "linear weights", "size, GiB", "about tok/s", "at most tok/s")
     experts = " and the experts" if sizes.has_experts else ""
     title = f"{sizes.model}: {sizes.linear_layers} linear layers{experts} become INT8"
     return Table(headings, lines, title=title, note=note, words=2, grouped=True)
