@@ -1,9 +1,9 @@
 """Compiles the kernels for every card, on none: `python -m tests.kernels.compile_kernels`, not interpreted.
 
-What is compiled is what the operators launch for the layers of Llama-3.1-8B and any number of tokens, each kernel once.
-Prints one JSON object per kernel: card, operator and sizes of a launch, name and tile of the kernel, shared memory in
-bytes, tensor memory in columns, and registers, stack and local memory per thread as its binary's resource report has
-them. `--few` takes a quarter of the kernels.
+What is compiled is what the operators launch for the layers of Llama-3.1-8B, for the experts of three models and for
+any number of tokens, each kernel once. Prints one JSON object per kernel: card, operator and sizes of a launch, name
+and tile of the kernel, shared memory in bytes, tensor memory in columns, and registers, stack and local memory per
+thread as its binary's resource report has them. `--few` takes a quarter of the kernels.
 
 `--code FOLDER` instead writes the PTX and the disassembly of each kernel, without its name and its source's lines.
 `--compare BEFORE AFTER` says how the code in two such folders differs, and exits with 1 where it does.
@@ -25,7 +25,9 @@ from pathlib import Path
 import torch
 from triton import knobs
 
-from tests.kernels.fake_cards import CARDS, Launch, compiled, install, recorded
+from rowint8.kernels.experts.warmup import tokens_by_tile
+from rowint8.kernels.tiles.card import card_of
+from tests.kernels.fake_cards import CARDS, EXPERTS, Launch, compiled, install, on_card, recorded
 
 PRODUCTS = (
     ("linear", 28672, 4096),
@@ -36,6 +38,9 @@ PRODUCTS = (
     ("swiglu", 3584, 4096),
 )
 """Operator, N and K: Llama-3.1-8B's, and its gate and up as one of eight GPUs holds them, where they are narrow."""
+QWEN3, MIXTRAL, GPT_OSS = EXPERTS
+MOST_TOKENS = 8192
+"""Of experts, in a step."""
 TOKENS = (1, *(m for power in range(1, 14) for m in (2**power, 2**power + 1)), 41, 81, 145, 161, 193)
 _SOME_TOKENS = (1, 64)
 _UNEVEN_K = 4096 + 16
@@ -45,7 +50,7 @@ _OFF_SIXTEEN = 4096 + 8
 
 
 def launches() -> Iterator[Launch]:
-    """bf16 with a bias on every card; INT8 tokens, fp16 without a bias, and K as it rarely is, on some."""
+    """bf16 with a bias on every card; experts, INT8 tokens, fp16 without a bias, and K as it rarely is, on some."""
     for card in CARDS:
         yield Launch(card, "add_rms_norm", 1, 4096, 4096)
         for op, n, k in PRODUCTS:
@@ -55,12 +60,28 @@ def launches() -> Iterator[Launch]:
         yield from (Launch(card, "quantize_tokens", 1, block, 14336) for block in (16, 256))
         for op, n, k in PRODUCTS if card == "sm90" else PRODUCTS[::4]:
             yield from (Launch(card, f"{op}_int8", m, n, k, bias=op == "linear") for m in TOKENS)
+    for card in ("sm80", "sm90", "sm100", "sm120"):
+        yield from experts(card, "experts", *QWEN3)
+    yield from experts("sm90", "experts_int8", *QWEN3)
+    yield from experts("sm90", "experts", *MIXTRAL)
+    yield from experts("sm90", "experts_int8", *MIXTRAL)
+    yield from experts("sm90", "experts", *GPT_OSS)
     yield Launch("sm90", "add_rms_norm", 1, 4096, 4096, dtype=torch.float16)
     for m in _SOME_TOKENS:
         for op in ("linear", "swiglu"):
             yield Launch("sm90", op, m, 28672, 4096, dtype=torch.float16)
             yield Launch("sm89", op, m, 28672, _UNEVEN_K, dtype=torch.float16)
             yield Launch("sm90", op, m, 28672, _OFF_SIXTEEN)
+
+
+def experts(card: str, op: str, i: int, h: int) -> Iterator[Launch]:
+    """One launch for each tile that experts of these sizes take."""
+    (many, topk), bias = EXPERTS[i, h], (i, h) == GPT_OSS
+    with on_card(card) as device:
+        by_tma = bool(card_of(device).hopper_processors) and not bias
+        itemsize = 1 if op == "experts_int8" else 2
+        for m in tokens_by_tile(topk, many, itemsize, device, MOST_TOKENS, by_tma).values():
+            yield Launch(card, op, m, i, h, bias)
 
 
 def distinct(launches: Iterable[Launch]) -> list[Launch]:
@@ -73,10 +94,14 @@ def distinct(launches: Iterable[Launch]) -> list[Launch]:
 
 
 def few(launches: list[Launch]) -> list[Launch]:
-    """The one for the most tokens of every kernel that an operator takes on a card, and on sm90 that a layer takes."""
+    """The one for the most tokens of every kernel that an operator takes on a card, and on sm90 that a layer takes; of
+    experts, whose kernels take longest to compile, one for the fewest tokens on each card."""
     chosen: dict[tuple, Launch] = {}
     for launch in launches:
         for name, _ in recorded(launch.run):
+            if launch.op.startswith("experts"):
+                chosen.setdefault((launch.card, launch.op, name), launch)
+                continue
             kind = launch.card, launch.op, name, (launch.n, launch.k) if launch.card == "sm90" else None
             chosen[kind] = max(chosen.get(kind, launch), launch, key=lambda each: each.m)
     return list(dict.fromkeys(chosen.values()))

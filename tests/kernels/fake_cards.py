@@ -21,6 +21,8 @@ from triton.runtime.jit import JITFunction
 
 from rowint8.kernels import dispatch, warmup
 from rowint8.kernels.add_rms_norm import add_rms_norm
+from rowint8.kernels.experts.hopper import Rotation
+from rowint8.kernels.experts.launch import experts
 from rowint8.kernels.hopper import launch as hopper_launch
 from rowint8.kernels.int8_tokens import add_rms_norm_int8, quantize_tokens
 
@@ -109,6 +111,11 @@ def on_card(name: str) -> Iterator[torch.device]:
         yield device
 
 
+EXPERTS = {(768, 2048): (128, 8), (14336, 4096): (8, 2), (2880, 2880): (32, 4)}
+"""I and H of layers of experts to how many there are and how many a token takes: Qwen3-30B-A3B, Mixtral-8x7B, and
+gpt-oss-20b, which has biases and an activation of its own."""
+
+
 class Launch(NamedTuple):
     """One call of an operator."""
 
@@ -122,8 +129,11 @@ class Launch(NamedTuple):
 
     def run(self) -> None:
         """Calls the launcher of the kernels; for `add_rms_norm` n is the hidden size, for what rounds tokens to INT8
-        the block of the rotation."""
+        the block of the rotation, for experts I, and those with biases are gpt-oss's."""
         with on_card(self.card) as device:
+            if self.op.startswith("experts"):
+                self._run_experts(device)
+                return
             if self.op == "add_rms_norm":
                 x = torch.empty(self.m, self.n, dtype=self.dtype, device=device)
                 add_rms_norm(x, x, self._vector(self.dtype, device), 1e-5)
@@ -145,6 +155,21 @@ class Launch(NamedTuple):
                 return
             x = torch.empty(self.m, self.k, dtype=self.dtype, device=device)
             dispatch.run(self.op, x, *weight, bias)
+
+    def _run_experts(self, device: torch.device) -> None:
+        many, topk = EXPERTS[self.n, self.k]
+        x = torch.empty(self.m, self.k, dtype=self.dtype, device=device)
+        shapes = (many, 2 * self.n, self.k), (many, self.k, self.n)
+        values = [torch.empty(shape, dtype=torch.int8, device=device) for shape in shapes]
+        scales, biases = (
+            [torch.empty(shape[:2], dtype=dtype, device=device) for shape in shapes]
+            for dtype in (torch.float16, self.dtype)
+        )
+        weights, ids = (torch.empty(self.m, topk, dtype=each, device=device) for each in (torch.float32, torch.int32))
+        layer = values[0], scales[0], values[1], scales[1], weights, ids
+        more = (*biases, None, "swigluoai", 1.702, 7.0) if self.bias else (None, None, None, "silu", 1.0, None)
+        rotation = Rotation(256, 256) if self.op == "experts_int8" else None
+        experts(x, *layer, *more, rotation=rotation)
 
     def _vector(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(self.n, dtype=dtype, device=device)
