@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from rowint8.kernels.activations import rotation_block
+from rowint8.kernels.activations import ROTATED_BY, rotation_block
 from rowint8.kernels.quantize import dequantize, quantize_rowwise
 
 ENV = {
@@ -33,6 +33,9 @@ LLM = {
 TINY = {**LLM, "skip_tokenizer_init": True}
 SAMPLING = {"temperature": 0.0, "max_tokens": 16, "logprobs": 3, "prompt_logprobs": 3, "ignore_eos": True}
 PROMPTS = [[1, 5, 9, 23, 77, 30], [4, 100, 3], [90]]
+A8 = {"activations": "int8"}
+FLIPS = 0.1
+"""What a few activations that round to the other neighbour change in a log-probability of a tiny random model."""
 
 
 def options(**chosen) -> dict:
@@ -42,8 +45,11 @@ def options(**chosen) -> dict:
 
 
 def caches_in(folder: Path) -> dict[str, str]:
-    """Environment of a driver whose first engine compiles, whatever was compiled on this machine before."""
-    return {"VLLM_CACHE_ROOT": str(folder / "vllm"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+    """Environment of a driver whose first engine compiles, whatever was compiled on this machine before.
+
+    Drivers with folders side by side share what Inductor compiled of the same graphs.
+    """
+    return {"VLLM_CACHE_ROOT": str(folder / "vllm"), "TORCHINDUCTOR_CACHE_DIR": str(folder.parent / "inductor")}
 
 
 class Driver:
@@ -113,12 +119,12 @@ def make_tiny(folder: Path, config_class=LlamaConfig, max_shard_size="50GB", **o
     return folder
 
 
-def edited_copy(source: Path, folder: Path, edit) -> Path:
+def edited_copy(source: Path, folder: Path, edit, metadata: dict | None = None) -> Path:
     """A copy of a checkpoint whose tensors went through `edit(dict)` in place."""
     shutil.copytree(source, folder)
     tensors = load_file(folder / "model.safetensors")
     edit(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"} | (metadata or {}))
     return folder
 
 
@@ -147,7 +153,7 @@ def prequantized(
             tensors[name], tensors[f"{name}_scale"] = quantize_rowwise(tensors[name], block=block)
         edit(tensors)
 
-    edited_copy(source, folder, quantize)
+    edited_copy(source, folder, quantize, {ROTATED_BY: str(largest_block)} if largest_block else None)
     config = json.loads((folder / "config.json").read_text())
     rotation = {"activations": "int8", "rotation_block": largest_block} if largest_block else {}
     config["quantization_config"] = {"quant_method": "rowint8"} | rotation

@@ -12,7 +12,7 @@ from rowint8.kernels import ops
 from rowint8.kernels.quantize import quantize_rowwise
 from rowint8.vllm_plugin import swiglu_fusion
 from rowint8.vllm_plugin.swiglu_fusion import SwigluFusion
-from tests.vllm_plugin.harness import TINY, Driver, assert_close, caches_in, make_tiny, options
+from tests.vllm_plugin.harness import A8, FLIPS, TINY, Driver, assert_close, caches_in, make_tiny, options
 
 I, K = 16, 24
 WEIGHT = quantize_rowwise(torch.randn(2 * I, K, generator=torch.Generator().manual_seed(0)))
@@ -141,3 +141,17 @@ def test_the_compiled_engine_fuses_what_it_should_and_says_the_same(driver, tmp_
     again = driver.works(tiny, llm={**options(fuse_norm=False), "enforce_eager": False})
     assert again["swiglu_calls"] == fused["swiglu_calls"], "the compile cache mixed up the graphs"
     assert again["norm_calls"] == 0, "the compile cache mixed up the graphs"
+
+
+@pytest.mark.newest
+@pytest.mark.vllm
+def test_with_int8_activations_it_rounds_in_the_norm_and_says_the_same(driver, tiny):
+    eager = driver.works(tiny, llm=options(**A8))
+    result = driver.works(tiny, llm={**options(**A8), "enforce_eager": False})
+    calls = result["int8_calls"]
+    assert calls["swiglu_int8"] > 0
+    assert calls["add_rms_norm_int8"] > 0
+    assert calls["quantize_tokens"] < calls["linear_int8"] + calls["swiglu_int8"]
+    assert_close(result["prompt_logprobs"], eager["prompt_logprobs"], FLIPS)
+    line = "in INT8, 0.00 -> 0.00 GiB; INT8 activations; head float32; SwiGLU fused in 2"
+    assert line in driver.log.read_text()
