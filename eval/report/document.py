@@ -34,6 +34,7 @@ from rowint8.eval.results.schema import (
     EngineRow,
     FidelityRow,
     Generation,
+    GenerationRow,
     KernelRow,
     ProfileRow,
     QualityRow,
@@ -57,6 +58,7 @@ _FILES: dict[str, tuple[type, *tuple[str, ...]]] = {
     "vllm-experts": (VllmRow, "vllm-experts-h200"),
     "engine": (EngineRow, "engine-h200"),
     "engine-cpu": (EngineRow, "engine-cpu"),
+    "demo": (GenerationRow, "demo-cpu"),
     "kernels": (KernelRow, "kernels-h200"),
     "kernels-int8": (KernelRow, "kernels-int8-h200"),
     "experts": (KernelRow, "experts-h200"),
@@ -211,7 +213,7 @@ def report(found: Found) -> str:
 
 def _course(found: Found) -> str:
     """The table that begins the report, of the small engine beside vLLM, without a picture in front of it."""
-    newest = _newest(found, "engine", True) or _newest(found, "vllm", True)
+    newest = next(filter(None, (_newest(found, kind, True) for kind in ("engine", "vllm", "demo"))), None)
     return f"[{newest[0]}]({newest[0]}.json): {course_part(newest[1])}" if newest else ""
 
 

@@ -29,6 +29,8 @@ from rowint8.eval.results.schema import (
     Compilation,
     EngineRow,
     FidelityRow,
+    Generation,
+    GenerationRow,
     KernelRow,
     Measured,
     QualityRow,
@@ -244,6 +246,13 @@ def test_the_newest_of_the_files_that_may_hold_it_is_shown(tmp_path):
     assert "**The files are of 3 commits**" in text
     assert "random weights of Llama-3.1-8B's shape" in text
     assert parts(read_folder(tmp_path))["vllm-2"] == "TBD: vllm-h200x2.json is not measured.", "not another file's"
+
+
+def test_a_demo_alone_is_the_table_that_begins_the_report(tmp_path):
+    fields = {key: getattr(ENGINE, key) for key in Generation.__dataclass_fields__ if key != "kind"}
+    write(tmp_path, "mine", GenerationRow(**fields))
+    course = section(report(read_folder(tmp_path)), "## The same model and task in every setup")
+    assert cells(course, "baseline int8-fused")[4:7] == ["20.0", "194.2", "9.25"]
 
 
 def test_costs_stand_with_the_model_and_the_file_they_are_of(tmp_path):
