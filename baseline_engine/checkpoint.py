@@ -5,7 +5,7 @@ Each checkpoint tensor is mapped from its file, copied or quantized into its pla
 weights, loading holds one tensor.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,10 +17,12 @@ from torch import Tensor
 
 from rowint8.baseline_engine.errors import EngineError, one_line, shown
 from rowint8.baseline_engine.files import read_json, require_file
-from rowint8.baseline_engine.layers import Int8Linear, Place, WeightFormat, copy_into
+from rowint8.baseline_engine.layers import Int8Linear, Place, WeightFormat
 from rowint8.baseline_engine.model import Decoder
 from rowint8.baseline_engine.model_config import ModelConfig
 from rowint8.baseline_engine.progress import progress_bar
+from rowint8.kernels.activations import check_rotation
+from rowint8.kernels.quantize import Int8Weight, check_stored
 
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 """What is fetched of a hub repository: configuration, weights, tokenizer; no code and no pickles."""
@@ -35,15 +37,20 @@ class StoredInt8Linear(Int8Linear):
     """INT8 rows that the checkpoint already holds: `<name>.weight` int8 [N, K] and `<name>.weight_scale` fp16 [N]."""
 
     def _weight_places(self, name: str, rows: slice) -> dict[str, Place]:
-        values, scale = f"{name}.weight", f"{name}.weight_scale"
-        copied = copy_into(self.scale[rows], scale)
+        stored, missing = Int8Weight(self.values[rows], self.scale[rows]), {"values", "scale"}
 
-        def load_scale(tensor: Tensor) -> None:
-            if (tensor < 0).any():
-                raise ValueError(f"{scale}: holds negative scales")
-            copied.load(tensor)
+        def place(field: str) -> Place:
+            target = getattr(stored, field)
 
-        return {values: copy_into(self.values[rows], values), scale: Place(copied.shape, load_scale)}
+            def load(tensor: Tensor) -> None:
+                target.copy_(tensor)
+                missing.discard(field)
+                if not missing:
+                    check_stored(stored, f"{name}.weight")
+
+            return Place(tuple(target.shape), load)
+
+        return {f"{name}.weight": place("values"), f"{name}.weight_scale": place("scale")}
 
 
 class StoredInt8Format(WeightFormat):
@@ -87,7 +94,8 @@ def load_model(folder: Path, config: ModelConfig, weight_format: WeightFormat, *
 
     Raises:
         EngineError: a shard or tensor is missing, unknown, truncated, of the wrong shape or dtype, or holds NaN, Inf or
-            a negative scale; or memory does not suffice. Names, shapes and dtypes are checked before memory is taken.
+            a scale that no row has; INT8 rows are rotated otherwise than config.json says; or memory does not suffice.
+            Names, shapes and dtypes are checked before memory is taken.
     """
     if config.stored_int8:
         weight_format = StoredInt8Format(**vars(weight_format))
@@ -96,6 +104,8 @@ def load_model(folder: Path, config: ModelConfig, weight_format: WeightFormat, *
     sketch = Decoder(config, replace(weight_format, device=torch.device("meta")))
     _check_tensors(shards, sketch.places(), tied=config.tie_word_embeddings)
     _check_tied_head(shards, config.tie_word_embeddings)
+    if config.stored_int8:
+        check_rows(shards, config.stored_int8.rotation)
     _check_memory(sketch.weight_bytes, weight_format)
     model = Decoder(config, weight_format)
     places = model.places()
@@ -156,6 +166,17 @@ def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
             return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise EngineError(f"{path} is truncated or no safetensors file ({error}); fetch it again") from error
+
+
+def check_rows(shards: Mapping[Path, Collection[str]], rotation: int | None) -> None:
+    """EngineError unless the files' INT8 rows are rotated by `rotation`, the largest block, or not at all for None."""
+    for path in (path for path, names in shards.items() if any(name.endswith(".weight_scale") for name in names)):
+        with safe_open(path, framework="pt") as shard:
+            metadata = shard.metadata()
+        try:
+            check_rotation(path, metadata, rotation)
+        except ValueError as error:
+            raise EngineError(str(error)) from None
 
 
 def _check_depth(shards: dict[Path, dict], config: ModelConfig) -> None:

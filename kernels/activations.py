@@ -25,6 +25,8 @@ BLOCKS = (16, 32, 64, 128, 256)
 """Columns that can be rotated together."""
 LARGEST_BLOCK = BLOCKS[-1]
 """K of most models divided among eight ranks still has whole blocks of this size."""
+ROTATED_BY = "rotation_block"
+"""Metadata of a safetensors file whose INT8 rows are rotated: the largest block, as its config.json gives it."""
 LARGEST_K = (2**31 - 1) // INT8_MAX**2
 """Inputs of a weight up to which int32 holds every sum."""
 LEAST_ABSMAX = 2.0**-100
@@ -36,6 +38,20 @@ def rotation_block(k: int, largest: int = LARGEST_BLOCK) -> int:
     `largest`, itself a power of two. 1, which is no rotation, where that is below 16."""
     block = math.gcd(k, largest)
     return block if block in BLOCKS else 1
+
+
+def check_rotation(file: object, metadata: dict[str, str] | None, expected: int | None) -> None:
+    """ValueError unless a file's rows are rotated by blocks of `expected`, or, where that is None, not at all.
+
+    The rows themselves do not show it, and products of others mean nothing.
+    """
+    block = (metadata or {}).get(ROTATED_BY)
+    if block != (expected and str(expected)):
+        rows, asked = ("are not rotated" if each is None else f"are rotated by {each}" for each in (block, expected))
+        raise ValueError(
+            f"{file}: its rows {rows}, and the config asks for rows that {asked}; leave activations and rotation_block "
+            "in quantization_config as `rowint8 quantize` wrote them, or quantize the model again"
+        )
 
 
 def rotate(x: Tensor, block: int) -> Tensor:

@@ -121,6 +121,18 @@ def round_to_scale(block: Tensor, scale: Tensor) -> Tensor:
     return (block / divisor[:, None]).round_().to(torch.int8)
 
 
+def check_stored(weight: Int8Weight, name: str) -> None:
+    """ValueError unless each row has a scale as `quantize_rowwise` writes it: finite, and 0 over zeros alone."""
+    values, scale = weight
+    bad = ~(scale.isfinite() & (scale >= 0))
+    zero = (scale == 0).nonzero().flatten()
+    bad[zero] = values[zero].any(1)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        kind = "no scale of a row that is not zeros" if scale[row] == 0 else "not a finite scale >= 0"
+        raise ValueError(f"{name}_scale: row {row} is {float(scale[row])}, {kind}; fetch or quantize the model again")
+
+
 def dequantize(weight: Int8Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     """values * scale as a [N, K] tensor, computed in fp32 and rounded once to `dtype`."""
     return (weight.values.float() * weight.scale.float()[:, None]).to(dtype)

@@ -218,7 +218,7 @@ def _rotation(config: dict[str, Any]) -> dict[str, Any]:
         return {"activations": activations}
     if activations is None:
         raise ValueError('rowint8: rotation_block is for INT8 activations; add "activations": "int8"')
-    if isinstance(block, bool) or block not in BLOCKS:
+    if type(block) is not int or block not in BLOCKS:
         raise ValueError(f"rowint8: rotation_block must be one of {', '.join(map(str, BLOCKS))}, got {block!r}")
     return {"activations": activations, "rotation_block": block}
 

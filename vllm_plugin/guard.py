@@ -31,18 +31,19 @@ def guard(model: nn.Module, config: Any, model_config: Any) -> None:
     """Guards a model that vLLM has built and not yet loaded. `config` is vLLM's whole, `model_config` the model's."""
     extra = config.load_config.model_loader_extra_config
     tracked = not (isinstance(extra, dict) and extra.get("enable_weights_track") is False)
-    _GUARDS[model] = ModelGuard(model, tracked, model_config.runner_type == "draft")
+    _GUARDS[model] = ModelGuard(model, tracked, model_config.runner_type == "draft", config.quant_config)
     warn_of_unmatched(model, config)
     LogitsWatch(model_config.dtype).install(model)
 
 
-def is_guarded(model: nn.Module) -> bool:
-    return model in _GUARDS
+def config_of(model: nn.Module) -> Any:
+    """The `RowInt8Config` of a guarded model; None of another."""
+    return _GUARDS[model].config if model in _GUARDS else None
 
 
 def check_reload(model: nn.Module) -> None:
     """Called when the last weight of a reload has been given; ValueError if any is missing."""
-    if is_guarded(model) and _is_reloading(model):
+    if model in _GUARDS and _is_reloading(model):
         _GUARDS[model].check_reload(model)
 
 
@@ -53,9 +54,11 @@ class ModelGuard:
         model: built, with its parameters not yet loaded.
         tracked: whether a missing parameter is an error.
         is_draft: whether the model is a drafter, whose embedding and head may be those of another model.
+        config: the `RowInt8Config` that it was built with.
     """
 
-    def __init__(self, model: nn.Module, tracked: bool, is_draft: bool) -> None:
+    def __init__(self, model: nn.Module, tracked: bool, is_draft: bool, config: Any = None) -> None:
+        self.config = config
         self.tracked = tracked
         self.is_draft = is_draft
         self.needed = self._needed(model)

@@ -45,11 +45,11 @@ def _guarding(initialize: Callable) -> Callable:
 
 def _choosing_files(get_all_weights: Callable) -> Callable:
     def get_all(loader: Any, model_config: Any, model: Any) -> Any:
-        from rowint8.vllm_plugin.guard import is_guarded
+        from rowint8.vllm_plugin.guard import config_of
         from rowint8.vllm_plugin.shards import one_of_each
 
-        weights = get_all_weights(loader, model_config, model)
-        return one_of_each(weights, model_config, loader.load_config) if is_guarded(model) else weights
+        weights, config = get_all_weights(loader, model_config, model), config_of(model)
+        return one_of_each(weights, model_config, loader.load_config, config) if config else weights
 
     return get_all
 

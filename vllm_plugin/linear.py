@@ -29,7 +29,7 @@ from vllm.model_executor.utils import replace_parameter
 
 from rowint8.kernels import ops
 from rowint8.kernels.activations import rotation_block
-from rowint8.kernels.quantize import Int8Weight, quantize_rowwise, row_absmax
+from rowint8.kernels.quantize import Int8Weight, check_stored, quantize_rowwise, row_absmax
 from rowint8.vllm_plugin import attached
 from rowint8.vllm_plugin.loading import FLOATS, SAVED_FROM_MEMORY, Int8Method, guarded_loader, refuse_incomplete
 from rowint8.vllm_plugin.passes import prepare_model
@@ -117,7 +117,7 @@ class RowInt8LinearMethod(LinearMethodBase, Int8Method):
         """Leaves `weight` int8 [N, K] and `weight_scale` fp16 [N] as plain parameters. vLLM calls it twice a load.
 
         Raises:
-            ValueError: the checkpoint lacks a part of the layer, or holds NaN, Inf or a negative scale.
+            ValueError: the checkpoint lacks a part of the layer, or holds NaN, Inf or a scale that no row has.
         """
         if attached.is_processed(layer):
             return
@@ -144,12 +144,10 @@ class RowInt8LinearMethod(LinearMethodBase, Int8Method):
         return None if self.config.activations is None else block_of_rank(self.prefix, self.config, k, k_of_rank)
 
     def _read(self, layer: Any) -> Int8Weight:
-        scale = layer.weight_scale.data
-        bad = ~(torch.isfinite(scale) & (scale >= 0))
-        if bad.any() and not self.dummy:
-            row = int(bad.nonzero()[0])
-            raise ValueError(f"{self.prefix}.weight_scale: row {row} is {float(scale[row])}, not a finite scale >= 0")
-        return Int8Weight(layer.weight.data, scale)
+        stored = Int8Weight(layer.weight.data, layer.weight_scale.data)
+        if not self.dummy:
+            check_stored(stored, f"{self.prefix}.weight")
+        return stored
 
     def _quantize(self, weight: Tensor) -> Int8Weight:
         group = get_tp_group() if self.k_is_split else None

@@ -34,6 +34,7 @@ from vllm.platforms import current_platform
 
 from rowint8.kernels import ops
 from rowint8.kernels.experts.tiles import why_not_int8
+from rowint8.kernels.quantize import Int8Weight, check_stored
 from rowint8.vllm_plugin import attached, compat
 from rowint8.vllm_plugin.linear import block_of_rank, note_rotation, quantize_part, saved_blocks
 from rowint8.vllm_plugin.loading import FLOATS, SAVED_FROM_MEMORY, Int8Method, guarded_loader, refuse_incomplete
@@ -116,7 +117,7 @@ class RowInt8MoEMethod(OnlineMoEMethodBase, Int8Method):
         """Leaves the four parameters of the module's docstring. vLLM calls it twice a load.
 
         Raises:
-            ValueError: the checkpoint lacks a part of an expert, or holds NaN, Inf or a negative scale.
+            ValueError: the checkpoint lacks a part of an expert, or holds NaN, Inf or a scale that no row has.
         """
         if attached.is_processed(layer):
             return
@@ -142,12 +143,9 @@ class RowInt8MoEMethod(OnlineMoEMethodBase, Int8Method):
         replace_parameter(layer, f"{name}_scale", scale.view(weight.shape[:2]))
 
     def _keep(self, layer: Any, name: str) -> None:
-        scale = getattr(layer, f"{name}_scale").data
-        bad = ~(torch.isfinite(scale) & (scale >= 0))
-        if bad.any() and not self.dummy:
-            expert, row = bad.nonzero()[0].tolist()
-            found = f"row {row} of expert {expert} is {float(scale[expert, row])}"
-            raise ValueError(f"{self.prefix}.{name}_scale: {found}, not a finite scale >= 0")
+        values, scale = (getattr(layer, each).data.flatten(0, 1) for each in (name, f"{name}_scale"))
+        if not self.dummy:
+            check_stored(Int8Weight(values, scale.flatten()), f"{self.prefix}.{name}")
         for each in (name, f"{name}_scale"):
             replace_parameter(layer, each, getattr(layer, each).data)
 

@@ -1,7 +1,9 @@
-"""Which file a tensor of a checkpoint is read from, where it stands in more than one.
+"""What is asked of a checkpoint's files: which one a tensor is read from that stands in several, and what rows are.
 
 vLLM reads every file and lets the last one win. INT8 layers are quantized when their last tensor has been read, so a
 second one would come too late. Here the file counts that the index names; without an index the checkpoint is refused.
+
+Rotated INT8 rows look like plain ones, so their files say it in their metadata, which is compared with the options.
 """
 
 import json
@@ -16,6 +18,8 @@ from safetensors import safe_open
 from torch import Tensor
 from vllm.logger import init_logger
 
+from rowint8.kernels.activations import check_rotation
+
 logger = init_logger(f"vllm.{__name__}")
 
 INDEX = "model.safetensors.index.json"
@@ -23,18 +27,22 @@ _ADVICE = f"remove the files that do not belong to the model, or name the right 
 
 
 def one_of_each(
-    weights: Iterable[tuple[str, Tensor]], model_config: Any, load_config: Any
+    weights: Iterable[tuple[str, Tensor]], model_config: Any, load_config: Any, config: Any
 ) -> Iterator[tuple[str, Tensor]]:
     """vLLM's stream of (name, tensor), every name once, and from the file that the index names.
 
     Raises:
-        ValueError: a tensor stands in more than one file, and no index says in which.
+        ValueError: a tensor stands in more than one file, and no index says in which; or INT8 rows are rotated
+            otherwise than `config`, a `RowInt8Config`, says.
     """
     stream = iter(weights)
     first = next(stream, None)  # vLLM fetches the files when the first tensor is asked for
     if first is None:
         return
-    chosen = files_of_repeated(_folder(model_config, load_config))
+    folder = _folder(model_config, load_config)
+    chosen = files_of_repeated(folder)
+    if folder and config.serialized:
+        refuse_other_rows(folder, config.rotation_block if config.activations else None)
     seen = set()
     for name, tensor in chain([first], stream):
         if name not in seen:
@@ -52,10 +60,9 @@ def files_of_repeated(folder: Path | None) -> dict[str, Path]:
     """
     if folder is None:
         return {}
-    index = folder / INDEX
-    weight_map = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+    weight_map = _weight_map(folder)
     chosen = {}
-    for name, files in _files_by_tensor(folder, set(weight_map.values())).items():
+    for name, files in _files_by_tensor(folder).items():
         if len(files) > 1:
             if name not in weight_map:
                 raise ValueError(f"{name} stands in {' and in '.join(files)}; {_ADVICE}")
@@ -66,15 +73,33 @@ def files_of_repeated(folder: Path | None) -> dict[str, Path]:
     return chosen
 
 
-def _files_by_tensor(folder: Path, indexed: set[str]) -> dict[str, list[str]]:
-    """Names of the files that hold each tensor, of those that vLLM reads: all, or those of an index."""
+def refuse_other_rows(folder: Path, rotation: int | None) -> None:
+    """ValueError unless the INT8 rows are rotated by `rotation`, the largest block, or not at all where it is None."""
+    for path in _files(folder):
+        with safe_open(path, framework="pt") as file:
+            if any(name.endswith(".weight_scale") for name in file.keys()):  # noqa: SIM118 (it is no dict)
+                check_rotation(path, file.metadata(), rotation)
+
+
+def _files_by_tensor(folder: Path) -> dict[str, list[str]]:
+    """Names of the files that hold each tensor."""
     files = defaultdict(list)
-    for path in sorted(folder.glob("*.safetensors")):
-        if path.name in indexed or not indexed:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (it is no dict)
-                    files[name].append(path.name)
+    for path in _files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                files[name].append(path.name)
     return files
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files that vLLM reads: all safetensors, or those of an index."""
+    indexed = set(_weight_map(folder).values())
+    return [path for path in sorted(folder.glob("*.safetensors")) if path.name in indexed or not indexed]
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    index = folder / INDEX
+    return json.loads(index.read_text())["weight_map"] if index.is_file() else {}
 
 
 def _folder(model_config: Any, load_config: Any) -> Path | None:

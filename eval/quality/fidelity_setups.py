@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rowint8.baseline_engine.checkpoint import read_header, read_tensor, shard_paths
+from rowint8.baseline_engine.checkpoint import check_rows, read_header, read_tensor, shard_paths
 from rowint8.baseline_engine.errors import EngineError
 from rowint8.baseline_engine.files import read_json
 from rowint8.eval.errors import EvalError
@@ -167,14 +167,14 @@ def stored_setup(folder: Path) -> WeightSet:
         EvalError: the folder holds no safetensors, or none in INT8, or its config.json says of them what it cannot.
     """
     try:
-        paths: Sequence[Path] = shard_paths(folder)
-        places = {name: path for path in paths for name in read_header(path)}
-        quantization = read_json(folder / "config.json").get("quantization_config")
+        shards = {path: read_header(path) for path in shard_paths(folder)}
+        places = {name: path for path, header in shards.items() for name in header}
+        largest = _rotation(folder, read_json(folder / "config.json").get("quantization_config"))
+        check_rows(shards, None if largest == 1 else largest)
     except EngineError as error:
         raise EvalError(str(error)) from None
     if not any(name.endswith(".weight_scale") for name in places) or any("weight_packed" in name for name in places):
         raise EvalError(f"{folder} is no rowint8 checkpoint; `rowint8 quantize` writes one")
-    largest = _rotation(folder, quantization)
     stored = [name.removesuffix("_scale") for name in places if name.endswith(".weight_scale")]
     layers = [layer_of(name) for name in stored if layer_of(name) == name.removesuffix(".weight")]  # but experts
 

@@ -20,7 +20,7 @@ from rowint8.eval.quantize.experts import apart, layer_of
 from rowint8.eval.quantize.folder import whole_folder
 from rowint8.eval.quantize.formats import FORMATS, CheckpointFormat
 from rowint8.eval.quantize.source import INDEX, Source, copied_files
-from rowint8.kernels.activations import rotation_block
+from rowint8.kernels.activations import ROTATED_BY, rotation_block
 from rowint8.kernels.quantize import Int8Weight, quantize_rowwise
 
 Convert = Callable[[str, Tensor], Tensor | Int8Weight]
@@ -72,7 +72,7 @@ def write_checkpoint(
         form: one of `FORMATS`.
         ignored: layers that `convert` leaves alone, for config.json.
         advance: called after each tensor.
-        rotation: by which `convert` rotates, for config.json; only the format rowint8 says it.
+        rotation: by which `convert` rotates, for config.json and the files' metadata; only the format rowint8 says it.
 
     Raises:
         EvalError: `out` exists or cannot be written, or a weight cannot be quantized.
@@ -84,15 +84,21 @@ def write_checkpoint(
         quantization |= {"activations": "int8", "rotation_block": rotation}
     with whole_folder(out) as folder:
         _write_json(folder / "config.json", source.config | {"quantization_config": quantization})
-        sizes = _write_weights(source, folder, FORMATS[form], convert, advance)
+        sizes = _write_weights(source, folder, FORMATS[form], convert, advance, rotation)
         for name in copied_files(source.folder, code=source.trust_remote_code):
             (folder / name).write_bytes(_read(source.folder / name))
     return sizes
 
 
 def _write_weights(
-    source: Source, folder: Path, form: CheckpointFormat, convert: Convert, advance: Callable[[], None]
+    source: Source,
+    folder: Path,
+    form: CheckpointFormat,
+    convert: Convert,
+    advance: Callable[[], None],
+    rotation: int | None,
 ) -> Written:
+    metadata = {"format": "pt"} | ({} if rotation is None else {ROTATED_BY: str(rotation)})
     weight_map: dict[str, str] = {}
     total_size = int8_layers = 0
     for path, names in source.shards.items():
@@ -105,7 +111,7 @@ def _write_weights(
                 else:
                     shard[part] = converted.contiguous()
             advance()
-        save_file(shard, folder / path.name, metadata={"format": "pt"})
+        save_file(shard, folder / path.name, metadata=metadata)
         weight_map |= dict.fromkeys(shard, path.name)
         total_size += sum(tensor.nbytes for tensor in shard.values())
     if (source.folder / INDEX).exists():

@@ -148,12 +148,19 @@ def test_scales_that_no_weight_has_are_refused(model, scale):
         return scales
 
     store_int8(model, spoil)
-    with pytest.raises(EngineError, match=r"up_proj\.weight_scale: holds (negative scales|NaN or Inf)"):
+    with pytest.raises(EngineError, match=r"up_proj\.weight_scale: row 3 is \S+, not a finite scale"):
         engine_for(model)
 
 
-def test_zero_is_a_scale(model):
-    store_int8(model, lambda scales: scales * 0)
+@pytest.mark.parametrize("rows", [[3], [0, 1], list(range(96)), [95]], ids=str)
+def test_zero_is_a_scale_of_zeros_alone(model, rows):
+    def zeroed(name, within):
+        return lambda tensors: tensors[name].__setitem__(within, 0)
+
+    store_int8(model, lambda scales: scales.index_fill(0, torch.tensor(rows), 0))
+    with pytest.raises(EngineError, match=rf"up_proj\.weight_scale: row {rows[0]} is 0.0, no scale of a row that"):
+        engine_for(model)
+    edit(model, zeroed("model.layers.1.mlp.up_proj.weight", rows))
     assert tokens_of(engine_for(model), prompts_of_ids(4), SamplingParams(max_tokens=2))
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rowint8.kernels.quantize import BLOCK_ELEMENTS, Int8Weight, dequantize, quantize_rowwise
+from rowint8.kernels.quantize import BLOCK_ELEMENTS, Int8Weight, check_stored, dequantize, quantize_rowwise
 
 TINY_FP16 = 2.0**-24
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -85,6 +85,24 @@ def test_zero_rows():
     assert weight.scale.tolist()[0] == weight.scale.tolist()[2] == 0
     assert weight.values[[0, 2]].eq(0).all()
     assert dequantize(weight)[[0, 2]].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor", [1.0, 1e-7, 1e4])
+def test_every_written_row_is_one_that_may_be_stored(dtype, factor):
+    weight = (torch.randn(9, 40) * factor).to(dtype)
+    weight[4] = 0
+    check_stored(quantize_rowwise(weight), "w")
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.0, -6e-8, float("nan"), float("inf"), -float("inf")])
+def test_scales_that_no_row_has_are_named(scale):
+    weight = quantize_rowwise(torch.randn(9, 40))
+    weight.scale[7] = scale
+    with pytest.raises(
+        ValueError, match=r"w_scale: row 7 is (-?0\.0, no scale of a row that is not zeros|.*, not a fin)"
+    ):
+        check_stored(weight, "w")
 
 
 def test_smallest_weights_get_the_smallest_scale():

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from rowint8.kernels.activations import rotation_block
+from rowint8.kernels.activations import ROTATED_BY, rotation_block
 from rowint8.kernels.quantize import dequantize, quantize_rowwise
 
 ENV = {
@@ -119,12 +119,12 @@ def make_tiny(folder: Path, config_class=LlamaConfig, max_shard_size="50GB", **o
     return folder
 
 
-def edited_copy(source: Path, folder: Path, edit) -> Path:
+def edited_copy(source: Path, folder: Path, edit, metadata: dict | None = None) -> Path:
     """A copy of a checkpoint whose tensors went through `edit(dict)` in place."""
     shutil.copytree(source, folder)
     tensors = load_file(folder / "model.safetensors")
     edit(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"} | (metadata or {}))
     return folder
 
 
@@ -153,7 +153,7 @@ def prequantized(
             tensors[name], tensors[f"{name}_scale"] = quantize_rowwise(tensors[name], block=block)
         edit(tensors)
 
-    edited_copy(source, folder, quantize)
+    edited_copy(source, folder, quantize, {ROTATED_BY: str(largest_block)} if largest_block else None)
     config = json.loads((folder / "config.json").read_text())
     rotation = {"activations": "int8", "rotation_block": largest_block} if largest_block else {}
     config["quantization_config"] = {"quant_method": "rowint8"} | rotation

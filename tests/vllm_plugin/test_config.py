@@ -75,6 +75,10 @@ def test_every_option_is_documented():
         ({"activations": "fp8"}, "activations must be \"int8\" or left out, got 'fp8'"),
         ({"rotation_block": 64}, 'rotation_block is for INT8 activations; add "activations": "int8"'),
         ({"activations": "int8", "rotation_block": 96}, "rotation_block must be one of 16, 32, 64, 128, 256, got 96"),
+        (
+            {"activations": "int8", "rotation_block": 64.0},
+            "rotation_block must be one of 16, 32, 64, 128, 256, got 64.0",
+        ),
         ({"lm_head": "int8"}, "lm_head must be true or false, got 'int8'"),
         ({"fuse_swiglu": 1}, "fuse_swiglu must be true or false, got 1"),
         ({"lm_head": True, "ignore": ["lm_head"]}, "lm_head is true, but ignore holds 'lm_head'"),

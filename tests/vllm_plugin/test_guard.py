@@ -19,7 +19,7 @@ from rowint8.vllm_plugin import logits as logits_module
 from rowint8.vllm_plugin.guard import ModelGuard, check_reload
 from rowint8.vllm_plugin.loading import Int8Method
 from rowint8.vllm_plugin.logits import EVERY, LogitsWatch
-from rowint8.vllm_plugin.shards import INDEX, files_of_repeated
+from rowint8.vllm_plugin.shards import INDEX, files_of_repeated, refuse_other_rows
 
 MODELS = {
     "llama": (LlamaConfig, {}),
@@ -126,6 +126,29 @@ def test_files_that_the_index_does_not_name_are_no_second_place(models, tmp_path
     assert list(other) == [DOWN]
     assert files_of_repeated(models["llama"]) == {}
     assert files_of_repeated(None) == {}
+
+
+OTHER_ROWS = [(None, 256), (None, 16), (256, None), (256, 64), (16, 256)]
+"""How a checkpoint's rows are rotated, and how an edited config or a reload takes them."""
+
+
+@pytest.mark.parametrize(("stored", "asked"), OTHER_ROWS)
+def test_rows_that_are_rotated_otherwise_than_asked_are_refused(models, tmp_path, stored, asked):
+    folder = prequantized(models["llama"], tmp_path / "int8", largest_block=stored)
+    with pytest.raises(ValueError, match=r"model\.safetensors: its rows .*, and the config asks for rows that"):
+        refuse_other_rows(folder, asked)
+    refuse_other_rows(folder, stored)
+    refuse_other_rows(models["llama"], asked)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(("stored", "asked"), OTHER_ROWS[1:4])
+def test_an_edited_config_does_not_rotate_rows(driver, models, tmp_path, stored, asked):
+    folder = prequantized(models["llama"], tmp_path / "int8", largest_block=stored)
+    other = prequantized(models["llama"], tmp_path / "other", largest_block=asked)
+    assert "its rows" in driver.fails(folder, llm=TINY | {"quantization": None}, reload=str(other))
+    (folder / "config.json").write_text((other / "config.json").read_text())
+    assert "its rows" in driver.fails(folder, llm=TINY | {"quantization": None})
 
 
 class Tiny(torch.nn.Module):

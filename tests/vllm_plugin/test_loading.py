@@ -65,6 +65,8 @@ BAD_PREQUANTIZED = {
     "weight missing": (lambda t: t.pop(O), f"{OUT}.weight: the checkpoint fills 0 of its 4096 numbers"),
     "NaN scale": (put(OS, 9, float("nan")), f"{OUT}.weight_scale: row 9 is nan, not a finite scale"),
     "negative scale": (put(OS, 9, -1.0), f"{OUT}.weight_scale: row 9 is -1.0, not a finite scale"),
+    "zero scale": (put(OS, 9, 0.0), f"{OUT}.weight_scale: row 9 is 0.0, no scale of a row that is not zeros"),
+    "zero scales of a part": (lambda t: t[QS].zero_(), f"{QKV}.weight_scale: row 0 is 0.0, no scale of a row that"),
     "scale dtype": (lambda t: t.update({OS: t[OS].float()}), "has torch.float32, expected torch.float16"),
     "weight dtype": (lambda t: t.update({O: t[O].float()}), "has torch.float32, expected torch.int8"),
     "narrow": (lambda t: t.update({O: t[O][:, :32].clone()}), f"{OUT}.weight: the checkpoint has shape [64, 32]"),

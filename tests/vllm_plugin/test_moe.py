@@ -139,9 +139,12 @@ def test_a_rank_reads_its_rows_of_an_experts_scales(rank):
 
 W1 = EXPERTS.replace("routed_experts", "2.w1.weight")
 W1_SCALE = EXPERTS.replace("routed_experts", "2.w1.weight_scale")
+W1_ROW = 2 * 2 * 160
+"""The first of its rows among those of all experts."""
 BAD_STORED = {
     "missing": (lambda t: t.pop(W1_SCALE), "w13_weight_scale: the checkpoint fills"),
-    "NaN": (lambda t: t[W1_SCALE].__setitem__(5, float("nan")), "w13_weight_scale: row 5 of expert 2 is nan"),
+    "NaN": (lambda t: t[W1_SCALE].__setitem__(5, float("nan")), f"w13_weight_scale: row {W1_ROW + 5} is nan, not a"),
+    "zeros": (lambda t: t[W1_SCALE].zero_(), f"w13_weight_scale: row {W1_ROW} is 0.0, no scale of a row that is not"),
     "float": (lambda t: t.update({W1: t[W1].float()}), "w13_weight: the checkpoint has torch.float32, expected"),
 }
 

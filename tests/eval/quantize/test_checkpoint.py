@@ -17,6 +17,7 @@ from rowint8.baseline_engine.errors import EngineError
 from rowint8.baseline_engine.sampler import SamplingParams
 from rowint8.eval.errors import EvalError
 from rowint8.eval.processes import console_script
+from rowint8.eval.quality.fidelity_setups import stored_setup
 from rowint8.eval.quantize import checkpoint as job
 from rowint8.eval.quantize.formats import packed_tensors
 from rowint8.eval.quantize.layers import ignored_layers
@@ -142,6 +143,25 @@ def test_rotated_rows_are_those_of_quantizing_on_load_for_int8_activations(model
 def test_a_stored_block_smaller_than_the_largest_is_that_of_the_engine(model, tmp_path):
     engine = Engine(EngineConfig(str(quantize(model, tmp_path / "out", rotation=16)), device="cpu"))
     assert engine.model.layers[0].mlp.gate_up.block == 16
+
+
+ROTATIONS = {256: {"activations": "int8", "rotation_block": 256}, 16: {"activations": "int8", "rotation_block": 16}}
+OTHER_ROWS = [(None, 256), (None, 16), (256, None), (256, 16), (16, 256)]
+
+
+@pytest.mark.parametrize(("stored", "said"), OTHER_ROWS)
+def test_a_config_edited_to_rotate_rows_otherwise_is_refused(model, tmp_path, stored, said):
+    out = quantize(model, tmp_path / "out", rotation=stored)
+    path = out / "config.json"
+    config = json.loads(path.read_text()) | {
+        "quantization_config": {"quant_method": "rowint8"} | ROTATIONS.get(said, {})
+    }
+    path.write_text(json.dumps(config))
+    with pytest.raises(EngineError, match=r"model\S*\.safetensors: its rows .* asks for rows that are") as caught:
+        Engine(EngineConfig(str(out), device="cpu"))
+    with pytest.raises(EvalError, match=r"its rows .* asks for rows that are"):
+        stored_setup(out)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_small_engine_refuses_what_it_cannot_run(model, tmp_path):
