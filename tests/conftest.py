@@ -19,12 +19,15 @@ REPO = Path(__file__).resolve().parents[1]
 SLOW = (
     "vllm_plugin/",
     "kernels/test_compilation",
-    "eval/quality/test_agreement",
+    "eval/quality/test_",
     "eval/engines/test_vllm",
     "baseline_engine/test_engine",
+    "baseline_engine/test_c",
     "test_notebook",
+    "test_install",
 )
-"""Files, below tests/, that take a minute or more. They come first: no process is left alone with one at the end."""
+"""How names of files below tests/ begin that take half a minute or more. They come first: no process is left alone with
+one at the end."""
 
 
 def pytest_addoption(parser):

@@ -24,11 +24,13 @@ def test_a_token_outside_vllms_candidates_is_at_least_as_far_as_the_last_of_them
 
 
 @pytest.mark.vllm
-def test_the_engines_agree_on_the_real_model(smollm2):
+def test_the_engines_agree_on_the_real_model(smollm2, monkeypatch):
+    """After some of the prompts; results/agreement-cpu.json has all of them."""
+    monkeypatch.setattr(agreement, "PROMPTS", agreement.PROMPTS[:4])
     rows = agreement.compare(smollm2, "float32")
-    assert len(rows) == 10
+    assert len(rows) == 4
     assert all(row.tokens == 32 for row in rows)
-    assert sum(row.agreed == 32 for row in rows) >= 8
+    assert sum(row.agreed == 32 for row in rows) >= 3
     # float32 logits of about 20 are known to about 1e-5 after 30 layers: only closer candidates may swap places.
     assert all(row.logprob_gap is None or row.logprob_gap < 1e-3 for row in rows)
 
