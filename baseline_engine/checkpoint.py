@@ -241,4 +241,4 @@ def _check_tied_head(shards: dict[Path, Any], tied: bool) -> None:
 def _check_ignorable(path: Path, name: str, tied: bool) -> None:
     """A tied checkpoint may repeat its embedding as lm_head; old ones hold rotary frequencies, which are computed."""
     if not (tied and name == _HEAD) and not name.endswith("rotary_emb.inv_freq"):
-        raise EngineError(f"{path}: unexpected tensor {name}; config.json describes a model without it")
+        raise EngineError(f"{path}: unexpected tensor {shown(name)}; config.json describes a model without it")

@@ -40,6 +40,19 @@ def refuse_unwritable(path: Path) -> None:
         raise EvalError(f"cannot write {path}: {error.strerror}") from None
 
 
+def refuse_other_content(path: Path, beginning: bytes) -> None:
+    """Raises EvalError where `write_file` would replace a file that does not begin so, white space aside."""
+    try:
+        if _is_stream(path) or not path.exists():
+            return
+        with path.open("rb") as file:
+            head = b"".join(file.read(1024).split())
+    except OSError as error:
+        raise EvalError(f"cannot read {path}: {error.strerror}") from None
+    if head and not head.startswith(beginning):
+        raise EvalError(f"{path} is there and holds something else; name another file, or remove it")
+
+
 def _is_stream(path: Path) -> bool:
     try:
         found = path.stat()

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from rowint8.eval.errors import EvalError
-from rowint8.eval.writing import refuse_unwritable
+from rowint8.eval.writing import refuse_other_content, refuse_unwritable
 
 if TYPE_CHECKING:
     from rowint8.eval.results.files import Results
@@ -28,6 +28,7 @@ BUSY_PERCENT = 20.0
 def _json_target(path: Path | None) -> Path | None:
     if path is not None:
         refuse_unwritable(path)
+        refuse_other_content(path, b'{"environment":{')
     return path
 
 

@@ -122,7 +122,7 @@ def set_nan(name):
     [
         (lambda tensors: tensors.pop(GATE), f"{GATE} is missing"),
         (lambda tensors: tensors.pop("model.layers.0.self_attn.k_proj.bias"), "k_proj.bias is missing"),
-        (lambda tensors: tensors.update(surprise=torch.ones(1)), "unexpected tensor surprise"),
+        (lambda tensors: tensors.update(surprise=torch.ones(1)), "unexpected tensor 'surprise'"),
         (
             lambda tensors: tensors.update({GATE: torch.ones(47, 32)}),
             r"gate_proj.weight has shape \[47, 32\].*\[48, 32\]",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rowint8.eval.errors import EvalError
-from rowint8.eval.writing import refuse_unwritable, write_file
+from rowint8.eval.writing import refuse_other_content, refuse_unwritable, write_file
 
 
 def mode(path):
@@ -161,3 +161,26 @@ def test_what_cannot_be_written_is_refused_before_it_is_measured(tmp_path):
         refuse_unwritable(path)
     assert (tmp_path / "file").read_text() == "kept"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dangling", "file", "loop"]
+
+
+BEGINNING = b'{"environment":{'
+
+
+@pytest.mark.parametrize(
+    "content", [b"# notes\n", b'{"model_type": "llama"}', b"[1, 2", b"\xff\xfe", b'{"environment": 5}']
+)
+def test_a_file_of_something_else_is_not_replaced(tmp_path, content):
+    path, link = tmp_path / "file", tmp_path / "link"
+    path.write_bytes(content)
+    link.symlink_to(path)
+    for target in (path, link):
+        with pytest.raises(EvalError, match="is there and holds something else; name another file"):
+            refuse_other_content(target, BEGINNING)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b'{\n  "environment": {\n    "date"', b'{"environment":{}}'])
+def test_a_file_of_the_same_kind_or_of_nothing_may_be_replaced(tmp_path, content):
+    (tmp_path / "file").write_bytes(content)
+    for path in (tmp_path / "file", tmp_path / "new", Path(os.devnull)):
+        refuse_other_content(path, BEGINNING)

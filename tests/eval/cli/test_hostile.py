@@ -57,6 +57,13 @@ def run(monkeypatch, tmp_path, capfd):
     return run
 
 
+@pytest.mark.parametrize("name", ["latin.txt", "bad.jsonl", "list/config.json", "words/config.json"])
+def test_a_result_file_replaces_nothing_else(run, tmp_path, name):
+    before = (tmp_path / name).read_bytes()
+    assert f"{name} is there and holds something else" in run("doctor", "--json", name)
+    assert (tmp_path / name).read_bytes() == before
+
+
 FOLDERS = [LONG, NO_UTF8, MARKUP, "", "/dev/null", "pipe", "latin.txt", "list", "words", "piped"]
 TAKES_A_MODEL = [("quality", "--model"), ("agreement", "--model"), ("tune", "--model"), ("quantize",), ("doctor",)]
 
