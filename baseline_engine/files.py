@@ -1,6 +1,7 @@
 """Reading the files of a model folder, which may be anything: a pipe, no text, JSON of another shape."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ _MAX_JSON_BYTES = 1 << 26
 
 
 def require_file(path: Path) -> Path:
-    """The path again; EngineError where it is missing or no regular file (reading a pipe may never end)."""
+    """The path again; EngineError where it is missing, forbidden or no regular file (a pipe may never end)."""
     try:
         if path.is_file():
+            if not os.access(path, os.R_OK):  # safetensors says that it is not there
+                raise EngineError(f"{path} cannot be read: Permission denied")
             return path
         there = path.exists()
     except OSError as error:

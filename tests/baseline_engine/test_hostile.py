@@ -473,3 +473,11 @@ def test_an_interrupt_while_libraries_load_is_not_lost(talking_folder, delay):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (130, b"baseline-generate: interrupted\n")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json"])
+def test_a_file_that_this_user_may_not_read_is_not_called_broken(model, monkeypatch, name):
+    (model / "generation_config.json").write_text("{}")
+    monkeypatch.setattr(os, "access", lambda path, mode: os.path.basename(path) != name)
+    with pytest.raises(EngineError, match=rf"{name} cannot be read: Permission denied$"):
+        engine_for(model)
