@@ -145,6 +145,14 @@ BAD_STORED = {
     "missing": (lambda t: t.pop(W1_SCALE), "w13_weight_scale: the checkpoint fills"),
     "NaN": (lambda t: t[W1_SCALE].__setitem__(5, float("nan")), f"w13_weight_scale: row {W1_ROW + 5} is nan, not a"),
     "zeros": (lambda t: t[W1_SCALE].zero_(), f"w13_weight_scale: row {W1_ROW} is 0.0, no scale of a row that is not"),
+    "one scale": (
+        lambda t: t.update({W1_SCALE: t[W1_SCALE][:1].clone()}),
+        "w13_weight_scale: the checkpoint has shape [1], which does not fit",
+    ),
+    "turned": (
+        lambda t: t.update({W1: t[W1].T.contiguous()}),
+        "w13_weight: the checkpoint has shape [64, 160], which does not fit",
+    ),
     "float": (lambda t: t.update({W1: t[W1].float()}), "w13_weight: the checkpoint has torch.float32, expected"),
 }
 
