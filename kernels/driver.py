@@ -81,8 +81,8 @@ class TensorMap:
 
     def __init__(self, address: int, shape: MapShape) -> None:
         self._address, self._shape = address, shape
-        self._encoded: ctypes.Array | None = None
-        self._at = 0
+        self._encoded: tuple[ctypes.Array, int] | None = None
+        """The memory that holds it, and where in there it begins."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -102,11 +102,11 @@ class TensorMap:
     def encoded(self, meta: dict[str, Any]) -> int:
         """Address of the CUtensorMap, made at the first call; see `MapShape.encode`."""
         if self._encoded is None:
-            encoded = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
-            self._at = -(-ctypes.addressof(encoded) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
-            self._shape.encode(self._at, self._address, meta)
-            self._encoded = encoded
-        return self._at
+            memory = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
+            at = -(-ctypes.addressof(memory) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
+            self._shape.encode(at, self._address, meta)
+            self._encoded = memory, at  # at once, as threads may do this side by side
+        return self._encoded[1]
 
 
 class Launcher:
@@ -114,6 +114,7 @@ class Launcher:
 
     def __init__(self, compiled: Any, device: torch.device) -> None:
         meta = compiled.metadata
+        self._compiled = compiled  # Triton unloads a kernel that nobody keeps
         self._device, self._function = device.index, ctypes.c_void_p(compiled.function)
         self._attribute = _Attribute(_DEPENDENT_LAUNCH, (ctypes.c_int64 * 8)(1))
         self._config = _Config(

@@ -1,6 +1,7 @@
 """What every launcher needs on the host: which compilation a launch takes, and how many programs."""
 
 from collections.abc import Mapping
+from threading import Lock
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ def dependent_launch(device: torch.device) -> bool:
 
 
 _launchers: dict[tuple, Launcher] = {}
+_compiling: dict[tuple, Lock] = {}
+"""Of each variant, so that two threads do not compile the same."""
 _ARITHMETIC = {"enable_fp_fusion": True}
 """A product and a sum become one instruction. Triton's default for it depends on its version."""
 
@@ -35,6 +38,16 @@ def launch(
     if launcher is not None:
         launcher(grid, arguments)
         return
+    with _compiling.setdefault(variant, Lock()):
+        if variant in _launchers:  # meanwhile made by another thread
+            return launch(kernel, variant, grid, arguments, constants, options)
+        _launch_by_triton(kernel, variant, grid, arguments, constants, options)
+
+
+def _launch_by_triton(
+    kernel: Any, variant: tuple, grid: tuple[int, int, int], arguments: tuple, constants: Mapping, options: Mapping
+) -> None:
+    """Launches and, where it can, leaves a launcher for the next time."""
     given = [each.descriptor if isinstance(each, TensorMap) else each for each in arguments]
     compiled = kernel[grid](*given, **constants, **options, **_ARITHMETIC)
     if compiled is not None:  # None: interpreted, not compiled

@@ -1,8 +1,13 @@
 """rowint8.kernels.driver: what reaches the driver, and when Triton's own launcher is used instead."""
 
 import ctypes
+import gc
+import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -148,6 +153,62 @@ def test_a_launch_asks_for_fused_multiply_and_add_whatever_triton_does_by_itself
 
     launch.launch(Kernel(), ("a kernel",), (1, 1, 1), (torch.zeros(3),), dict(H=3), dict(num_warps=4))
     assert asked == dict(H=3, num_warps=4, enable_fp_fusion=True)
+
+
+def test_a_launcher_keeps_its_kernel_loaded(cuda):
+    """Triton unloads a kernel when nobody keeps it, as where two threads compiled the same."""
+
+    class Compiled(SimpleNamespace):
+        pass
+
+    kernel = Compiled(**vars(compiled()))
+    kept = weakref.ref(kernel)
+    launcher = driver.make_launcher(kernel, CUDA)
+    del kernel
+    gc.collect()
+    assert launcher is not None
+    assert kept() is not None
+
+
+def test_threads_that_want_one_kernel_compile_it_once(monkeypatch):
+    compilations, launches, together = [], [], Barrier(4)
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def compile_and_launch(*arguments, **options):
+                compilations.append(grid)
+                time.sleep(0.05)
+                return compilations
+
+            return compile_and_launch
+
+    def run(_):
+        together.wait()
+        launch.launch(Kernel(), ("a kernel",), (1, 1, 1), (torch.zeros(3),), {}, {})
+
+    monkeypatch.setattr(launch, "_launchers", {})
+    monkeypatch.setattr(launch, "make_launcher", lambda *_: lambda grid, arguments: launches.append(grid))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, range(4)))
+    assert (len(compilations), len(launches)) == (1, 3)
+
+
+def test_threads_that_encode_one_descriptor_side_by_side_share_memory_that_stays(monkeypatch):
+    together = Barrier(2)
+
+    class Slow:
+        dtype = torch.int8
+
+        def encode(self, into, address, meta):
+            together.wait()
+            ctypes.memset(into, 7, 128)
+
+    shared: Any = driver.TensorMap(0, Slow())  # type: ignore[arg-type]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: shared.encoded({}), range(2)))
+    memory, at = shared._encoded
+    assert ctypes.addressof(memory) <= at <= ctypes.addressof(memory) + 64
+    assert ctypes.string_at(at, 128) == b"\7" * 128
 
 
 @pytest.mark.gpu
