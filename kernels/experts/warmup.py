@@ -42,9 +42,10 @@ def warmup(
     def run(m: int) -> None:
         with torch.cuda.device(device):
             x = torch.zeros(m, hidden, dtype=dtype, device=device)
-            ids = torch.arange(m * topk, dtype=torch.int32, device=device).view(m, topk) % many
-            given = torch.ones(m, topk, device=device), ids, None, None, expert_map, *activation
-            experts(x, *layer, *given, rotation=rotation)
+            weights = torch.ones(m, topk, device=device)
+            for integer in (torch.int32, torch.int64):  # routers give either
+                ids = torch.arange(m * topk, dtype=integer, device=device).view(m, topk) % many
+                experts(x, *layer, weights, ids, None, None, expert_map, *activation, rotation=rotation)
 
     in_threads(run, counts.values(), device)
     return Ready(len(counts), perf_counter() - start)

@@ -64,8 +64,10 @@ def compare_experts(card: str, limit: int, rotation: Rotation | None) -> dict:
 
         def run(m: int) -> None:
             x = torch.empty(m, 2048, dtype=torch.bfloat16, device=device)
-            weights, ids = (torch.empty(m, 8, dtype=each, device=device) for each in (torch.float32, torch.int32))
-            experts(x, *layer, weights, ids, None, None, None, "silu", 1.702, None, rotation=rotation)
+            weights = torch.empty(m, 8, device=device)
+            for integer in (torch.int32, torch.int64):  # as routers give them
+                ids = torch.empty(m, 8, dtype=integer, device=device)
+                experts(x, *layer, weights, ids, None, None, None, "silu", 1.702, None, rotation=rotation)
 
         drawn = [1, 2, 8, *random.sample(range(1, limit + 1), _DRAWS)]  # the first ones take kernels of their own
         missing = [f"experts {m}: {kernel}" for m in drawn for kernel in recorded(lambda: run(m)) - warmed]  # noqa: B023
