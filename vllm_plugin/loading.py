@@ -68,10 +68,8 @@ def guarded_loader(load: Callable, layer: nn.Module, name: str, dtypes: tuple[to
             with CopyCounter() as counter:
                 answer = load(param, loaded_weight, *shard)
         except AssertionError as error:  # how vLLM says that the tensor does not fit, often without a word
-            shape = list(loaded_weight.shape)
-            raise ValueError(
-                f"{name}: the checkpoint has shape {shape}, which does not fit {error}".rstrip()
-            ) from error
+            refusal = f"{name}: the checkpoint has shape {list(loaded_weight.shape)}, which does not fit"
+            raise ValueError(f"{refusal}: {error}".removesuffix(": ")) from error
         if not param.is_meta:  # on the meta device vLLM only counts, and loads again later
             attached.note_part(param, shard, counter.copied_numel)
         return answer
