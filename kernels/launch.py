@@ -20,7 +20,7 @@ def dependent_launch(device: torch.device) -> bool:
 
 _launchers: dict[tuple, Launcher] = {}
 _compiling: dict[tuple, Lock] = {}
-"""Of each variant, so that two threads do not compile the same."""
+"""A lock for each variant, so that two threads do not compile the same."""
 _ARITHMETIC = {"enable_fp_fusion": True}
 """A product and a sum become one instruction. Triton's default for it depends on its version."""
 

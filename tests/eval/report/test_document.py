@@ -4,6 +4,7 @@ import io
 import json
 import re
 import subprocess
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -303,6 +304,16 @@ def test_what_cannot_be_stops_the_report(tmp_path, row, message):
         read_folder(tmp_path)
     assert str(stopped.value).startswith("other.json: rows.1: ")
     assert "\n" not in str(stopped.value)
+
+
+def test_a_step_of_experts_may_leave_weights_unread(tmp_path):
+    write(tmp_path, "kernels-h100", KERNEL, ceilings=CEILINGS)
+    row = replace(ENGINE, weights_gib=20.0, peak_mem_gib=21.0)
+    for config, accepted in (("qwen3-30b-a3b", True), ("mixtral-8x7b", True), ("llama-3.1-8b", False)):
+        command = f"rowint8 bench vllm --config {config}"
+        write_results(tmp_path / "vllm.json", Results(environment=ENVIRONMENT, command=command, rows=(row,)))
+        with nullcontext() if accepted else pytest.raises(EvalError, match="reading the weights"):
+            assert "vllm" in read_folder(tmp_path)
 
 
 def test_backends_of_a_metric_stand_beside_one_another(tmp_path):
