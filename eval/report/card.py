@@ -14,6 +14,8 @@ from rowint8.eval.results.files import Environment, Results, in_one_line, parse_
 from rowint8.eval.results.schema import GIB, FidelityRow, Generation, QualityRow, ServeRow
 
 _JSON = re.compile(r"^```json\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_BEGUN = re.compile(r"^[ \t]*(?:`{3,}|~{3,})[ \t]*json\b", re.IGNORECASE | re.MULTILINE)
+"""What a reader sees as the beginning of a block, however it is written."""
 
 
 def card_block(sizes: ModelSizes, found: Mapping[str, Results]) -> str:
@@ -74,7 +76,13 @@ def contributed(text: str, name: str) -> list[Results]:
     Raises:
         EvalError: one is not of the form in `schema`, or holds what cannot be; the message names document and block.
     """
-    parts = enumerate(_JSON.findall(text), 1)
+    blocks = _JSON.findall(text)
+    if (begun := len(_BEGUN.findall(text))) != len(blocks):
+        raise EvalError(
+            f"{name} begins {begun} blocks of JSON, of which {len(blocks)} are whole; "
+            "paste each as `rowint8 card` prints it, between lines of ```json and ```"
+        )
+    parts = enumerate(blocks, 1)
     found = {f"{name}, block {number}": parse_results(part, f"{name}, block {number}") for number, part in parts}
     check_all(found)
     return list(found.values())

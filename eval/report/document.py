@@ -72,6 +72,7 @@ _FILES: dict[str, tuple[type, *tuple[str, ...]]] = {
     "fidelity-weights": (FidelityRow, "fidelity-smollm2"),
 }
 """What is shown, to the rows and the names of the files that may hold it; the newest counts."""
+_OURS = "Written by `rowint8 report`"
 _QUALITY: dict[str, Section] = {"quality": quality_summary, "fidelity": fidelity_line}
 _CHAPTERS: dict[type, Section] = {
     Generation: rates_part,
@@ -102,7 +103,8 @@ def documents(folder: Path, found: Found) -> dict[Path, str]:
     """What REPORT.md, the cards' pages and the documents with generated parts, where they exist, should be.
 
     Raises:
-        EvalError: a document cannot be read, asks for a part that does not exist, or holds a block that is wrong.
+        EvalError: a document cannot be read, asks for a part that does not exist, or holds a block that is wrong; or
+            somebody else wrote what has the name of the report or of a card's page.
     """
     above = Path(os.path.normpath(folder / ".."))  # not folder.parent, which of "." is "." again
     if (above / _CONTRIBUTED).is_file():
@@ -110,7 +112,11 @@ def documents(folder: Path, found: Found) -> dict[Path, str]:
     beside = [above / name for name in _DOCUMENTS]
     filled = {path: fill(_text(path), parts(found), path.name) for path in beside if path.is_file()}
     pages = {folder / f"{name}.md": text for name, text in card_pages(found).items()}
-    return {folder / "REPORT.md": report(found), **pages, **filled}
+    written = {folder / "REPORT.md": report(found), **pages}
+    for path in written:
+        if path.is_file() and (text := _text(path)).strip() and _OURS not in text[:1000]:
+            raise EvalError(f"{path} is not of `rowint8 report`, which would replace it; give it another name")
+    return {**written, **filled}
 
 
 def _text(path: Path) -> str:
@@ -205,7 +211,7 @@ def report(found: Found) -> str:
         "Files": _files(found),
     }
     cards = sorted({page_of(results.environment) for results in found.values()})
-    head = "# Report\n\nWritten by `rowint8 report` from the files in this folder; do not edit. "
+    head = f"# Report\n\n{_OURS} from the files in this folder; do not edit. "
     head += f"All files, a chapter each: {', '.join(f'[{card}]({card}.md)' for card in cards)}. "
     head += f"[metrics.py](../baseline_engine/metrics.py) defines the columns. {_mixture(found)}\n"
     return head + "".join(f"\n## {title}\n\n{text.strip()}\n" for title, text in sections.items() if text.strip())
@@ -245,7 +251,7 @@ def card_pages(found: Found) -> dict[str, str]:
     for stem, results in found.items():
         section = next(section for kind, section in _CHAPTERS.items() if isinstance(results.rows[0], kind))
         name = page_of(results.environment)
-        pages.setdefault(name, f"# Everything measured: {name}\n\nWritten by `rowint8 report`; do not edit.\n")
+        pages.setdefault(name, f"# Everything measured: {name}\n\n{_OURS}; do not edit.\n")
         pages[name] += f"\n## {stem}\n\n{_chapter(found, stem, section)}"
     return pages
 

@@ -48,6 +48,10 @@ def test_a_block_is_of_one_machine_and_of_rows_that_others_can_compare():
         (('"batch":1', '"batch":-1'), r"c\.md, block 1: rows\.0\.batch: .*greater than or equal to 1"),
         (('"batch":1', '"bach":1'), r"c\.md, block 1: rows\.0\.ba.*ch: "),
         (('"tpot_ms":5.0', '"tpot_ms":1.0'), r"c\.md, block 1: rows\.0: TTFT \+ TPOT"),
+        (("```json", "```JSON"), r"c\.md begins 1 blocks of JSON, of which 0 are whole"),
+        (("```json", "~~~json"), r"c\.md begins 1 blocks of JSON, of which 0 are whole"),
+        (("```json", "  ```json"), r"c\.md begins 1 blocks of JSON, of which 0 are whole"),
+        (("}\n```\n", "}\n"), r"c\.md begins 1 blocks of JSON, of which 0 are whole"),
     ],
 )
 def test_a_block_that_was_changed_is_refused_by_name(changed, message):

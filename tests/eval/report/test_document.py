@@ -17,7 +17,7 @@ from rowint8.eval.markdown import fill, table
 from rowint8.eval.models import weight_bytes
 from rowint8.eval.plots import pictures
 from rowint8.eval.processes import console_script
-from rowint8.eval.report.document import card_pages, documents, parts, read_folder, refuse_mixed, report
+from rowint8.eval.report.document import card_pages, documents, page_of, parts, read_folder, refuse_mixed, report
 from rowint8.eval.report.kernels import compiler_table
 from rowint8.eval.report.quality import fidelity_table, quality_table
 from rowint8.eval.results.environment import describe_environment
@@ -449,14 +449,32 @@ def test_command_writes_the_report_its_plots_and_marked_parts(tmp_path):
 
 def test_a_full_disk_leaves_the_documents_whole(tmp_path):
     write(tmp_path / "results", "kernels-h200", KERNEL, ceilings=CEILINGS)
-    for path in (tmp_path / "README.md", tmp_path / "results" / "REPORT.md"):
-        path.write_text("mine\n" * 1000 + "<!-- report:limits -->\n<!-- /report -->\n")
+    (tmp_path / "results" / "REPORT.md").write_text("Written by `rowint8 report`\n" * 100)
+    (tmp_path / "README.md").write_text("mine\n" * 1000 + "<!-- report:limits -->\n<!-- /report -->\n")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     script = f"ulimit -f 1; exec '{console_script('rowint8')}' report --no-plots '{tmp_path / 'results'}'"
     done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     assert done.stderr.startswith(f"rowint8: cannot write {tmp_path}")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["REPORT.md", "cpu.md", "link"])
+def test_words_of_a_user_are_not_replaced(tmp_path, name):
+    write(tmp_path / "results", "agreement-cpu", AGREEMENT)
+    mine = tmp_path / "mine.md" if name == "link" else tmp_path / "results" / page(name)
+    mine.write_text("my own words\n")
+    if name == "link":
+        (tmp_path / "results" / "REPORT.md").symlink_to(mine)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    done = rowint8("report", tmp_path / "results")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "is not of `rowint8 report`, which would replace it" in done.stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def page(name):
+    return f"{page_of(ENVIRONMENT)}.md" if name == "cpu.md" else name
 
 
 def test_a_document_that_is_a_link_stays_one(tmp_path):
