@@ -180,13 +180,19 @@ def rowint8_command():
     return [sys.executable, "-c", "from rowint8.eval.cli.start import main; main()"]
 
 
+FIRST_IMPORT = (
+    "sys.meta_path.insert(0, type('Says', (), {'find_spec': lambda *_: sys.meta_path.pop(0) and print(flush=True)})())"
+)
+"""Prints a line at the first import from here on, which is then done as always."""
+
+
 @pytest.mark.parametrize("delay", [0.0, 0.03, 0.1, 0.15, 0.2, 0.5])
 def test_an_interrupt_while_libraries_load_is_no_traceback(delay):
-    code = "from rowint8.eval.cli.start import main; print(flush=True); main()"
+    code = f"from rowint8.eval.cli.start import main; import sys; {FIRST_IMPORT}; main()"
     pipes: Any = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process = subprocess.Popen([sys.executable, "-c", code, "doctor"], **pipes)
     assert process.stdout is not None
-    process.stdout.readline()  # Python itself has started
+    process.stdout.readline()  # libraries begin to load
     time.sleep(delay)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)

@@ -39,8 +39,19 @@ def stand_in(tmp_path, monkeypatch):
     return install
 
 
+BEFORE: set[int] = set()
+"""Processes that other tests of this session have left running, such as an engine that several of them share."""
+
+
+@pytest.fixture(autouse=True)
+def before():
+    BEFORE.clear()
+    BEFORE.update(children())
+
+
 def children() -> set[int]:
-    return {child.pid for child in psutil.Process().children(recursive=True)}
+    """Those of this test."""
+    return {child.pid for child in psutil.Process().children(recursive=True)} - BEFORE
 
 
 def gone(pids: set[int], seconds: float = 5) -> bool:
