@@ -12,8 +12,18 @@ def main() -> None:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     from rowint8.eval.cli import app
 
-    signal.signal(signal.SIGINT, before)
+    interrupted = []
+
+    def interrupt(*_: object) -> None:
+        interrupted.append(True)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt if before is signal.default_int_handler else before)
     try:
         app.main()
     except KeyboardInterrupt:  # typer has its own way, once it runs a command
         sys.exit(130)
+    except Exception:
+        if not interrupted:
+            raise
+        sys.exit(130)  # a library that was interrupted while it loaded raised something else
