@@ -31,7 +31,7 @@ from rowint8.kernels import ops
 from rowint8.kernels.activations import rotation_block
 from rowint8.kernels.quantize import Int8Weight, check_stored, quantize_rowwise, row_absmax
 from rowint8.vllm_plugin import attached
-from rowint8.vllm_plugin.loading import FLOATS, SAVED_FROM_MEMORY, Int8Method, guarded_loader, refuse_incomplete
+from rowint8.vllm_plugin.loading import FLOATS, Int8Method, guarded_loader, refuse_incomplete
 from rowint8.vllm_plugin.passes import prepare_model
 from rowint8.vllm_plugin.warmup import warm_up
 
@@ -58,19 +58,12 @@ class RowInt8LinearMethod(LinearMethodBase, Int8Method):
     """Whether `apply` is ever called."""
 
     def __init__(self, prefix: str, config: Any) -> None:
-        self.prefix = prefix
+        self.note_options(prefix, config)
         self.config = config
         self.block: int | None = None
         """Columns that are rotated together, where activations are INT8; 1 is no rotation."""
         self.k_is_split = False
         self.is_gate_up = False
-        self.dtype = torch.get_default_dtype()
-        vllm_config = get_current_vllm_config()
-        self.max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        load_format = vllm_config.load_config.load_format
-        self.dummy = load_format == "dummy"
-        self.from_memory = load_format in SAVED_FROM_MEMORY
-        self.serialized = config.serialized or self.from_memory
 
     def create_weights(
         self,

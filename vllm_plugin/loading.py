@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
@@ -35,6 +36,22 @@ class Int8Method:
 
     owns_weights = True
     """Whether the checkpoint fills the layer, and no other one that it shares its weights with."""
+
+    def note_options(self, prefix: str, config: Any) -> Any:
+        """Keeps the layer's name, for messages, and what the options say of its weights. Returns vLLM's config.
+
+        Args:
+            config: the `RowInt8Config`.
+        """
+        vllm_config = get_current_vllm_config()
+        load_format = vllm_config.load_config.load_format
+        self.prefix = prefix
+        self.dtype = torch.get_default_dtype()
+        self.max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self.dummy = load_format == "dummy"
+        self.from_memory = load_format in SAVED_FROM_MEMORY
+        self.serialized = config.serialized or self.from_memory
+        return vllm_config
 
 
 def guarded_loader(load: Callable, layer: nn.Module, name: str, dtypes: tuple[torch.dtype, ...], hint: str) -> Callable:

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import get_current_vllm_config
 from vllm.distributed.parallel_state import get_ep_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
@@ -37,7 +36,7 @@ from rowint8.kernels.experts.tiles import why_not_int8
 from rowint8.kernels.quantize import Int8Weight, check_stored
 from rowint8.vllm_plugin import attached, compat
 from rowint8.vllm_plugin.linear import block_of_rank, note_rotation, quantize_part, saved_blocks
-from rowint8.vllm_plugin.loading import FLOATS, SAVED_FROM_MEMORY, Int8Method, guarded_loader, refuse_incomplete
+from rowint8.vllm_plugin.loading import FLOATS, Int8Method, guarded_loader, refuse_incomplete
 from rowint8.vllm_plugin.moe_kernel import activation_arguments, experts_class
 from rowint8.vllm_plugin.warmup import warm_up_experts
 
@@ -71,14 +70,7 @@ class RowInt8MoEMethod(OnlineMoEMethodBase, Int8Method):
 
     def __init__(self, moe: Any, prefix: str, config: Any) -> None:
         super().__init__(moe)
-        self.prefix = prefix
-        self.dtype = torch.get_default_dtype()
-        vllm_config = get_current_vllm_config()
-        self.max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        load_format = vllm_config.load_config.load_format
-        self.dummy = load_format == "dummy"
-        self.from_memory = load_format in SAVED_FROM_MEMORY
-        self.serialized = config.serialized or self.from_memory
+        vllm_config = self.note_options(prefix, config)
         self.blocks = _rotation(moe, prefix, config, vllm_config.lora_config is not None)
         """Columns of w13 and of w2 that are rotated together, where activations are INT8."""
 
@@ -145,7 +137,7 @@ class RowInt8MoEMethod(OnlineMoEMethodBase, Int8Method):
     def _keep(self, layer: Any, name: str) -> None:
         values, scale = (getattr(layer, each).data.flatten(0, 1) for each in (name, f"{name}_scale"))
         if not self.dummy:
-            check_stored(Int8Weight(values, scale.flatten()), f"{self.prefix}.{name}")
+            check_stored(Int8Weight(values, scale), f"{self.prefix}.{name}")
         for each in (name, f"{name}_scale"):
             replace_parameter(layer, each, getattr(layer, each).data)
 

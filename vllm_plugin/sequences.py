@@ -6,7 +6,9 @@ output on the way ends a sequence, and the next begins behind it.
 """
 
 import operator
+import sys
 from collections.abc import Sequence
+from inspect import getsource
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import fx
 from torch._ops import OpOverload
 from vllm.compilation.passes.inductor_pass import InductorPass
 
+from rowint8.kernels import sequence
 from rowint8.kernels.sequence import Value, told
 
 _MEMBERS = {
@@ -38,7 +41,7 @@ class Sequences(InductorPass):
             _join(graph, members)
 
     def uuid(self) -> str:
-        return self.hash_source(type(self), _sequences, _is_member, _may_be_passed, _join, _outputs, told)
+        return self.hash_source(*(getsource(module) for module in (sys.modules[__name__], sequence)))
 
 
 def _sequences(graph: fx.Graph) -> list[list[fx.Node]]:
